@@ -1,0 +1,55 @@
+"""Train image-text encoders by the complete SigLIP 2 recipe. What a plugin author needs is importable from here."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from siglip2.core.batch import Batch, Patches
+    from siglip2.core.distributed import gather, rank, world_size
+    from siglip2.core.hooks import hookimpl
+    from siglip2.core.layout import Layout, Patchifier
+    from siglip2.core.plugin import Objective, Plugin
+    from siglip2.core.schedules import Schedule
+    from siglip2.core.step import Step
+    from siglip2.core.views import CAPTION, IMAGE, Context, ImageView, TextView, View
+
+_HOMES = {
+    "siglip2.core.batch": ("Batch", "Patches"),
+    "siglip2.core.distributed": ("gather", "rank", "world_size"),
+    "siglip2.core.hooks": ("hookimpl",),
+    "siglip2.core.layout": ("Layout", "Patchifier"),
+    "siglip2.core.plugin": ("Objective", "Plugin"),
+    "siglip2.core.schedules": ("Schedule",),
+    "siglip2.core.step": ("Step",),
+    "siglip2.core.views": ("CAPTION", "IMAGE", "Context", "ImageView", "TextView", "View"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = [
+    "CAPTION",
+    "IMAGE",
+    "Batch",
+    "Context",
+    "ImageView",
+    "Layout",
+    "Objective",
+    "Patches",
+    "Patchifier",
+    "Plugin",
+    "Schedule",
+    "Step",
+    "TextView",
+    "View",
+    "gather",
+    "hookimpl",
+    "rank",
+    "world_size",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use, so that `import siglip2` costs nothing."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'siglip2' has no attribute '{name}'; it offers {', '.join(__all__)}")
+    return getattr(import_module(_HOME_OF[name]), name)

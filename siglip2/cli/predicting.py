@@ -1,0 +1,64 @@
+"""`siglip2 predict`: pictures and free texts in, ranked probabilities out."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from siglip2.cli.training import SigLIP2CLI
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One text for one picture.
+
+    Args:
+        text: as the user wrote it.
+        match: the model's own probability that the two belong together, sigmoid of the logit.
+        share: softmax of the logit among the given texts.
+    """
+
+    text: str
+    match: float
+    share: float
+
+
+def predict(arguments: Sequence[str]) -> None:
+    """Ranks the texts for every picture and prints a table or JSON."""
+    cli = SigLIP2CLI(arguments, command="predict")
+    asked = cli.datamodule.predict
+    asked = replace(asked, images=cli.config.images or asked.images, texts=cli.config.texts or asked.texts)
+    if not asked.images or not asked.texts:
+        raise ValueError("predict needs pictures and texts: siglip2 predict --ckpt_path CKPT --images a.png --texts 'a cat' 'a dog'")
+    cli.datamodule.predict = asked
+    embedded = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    rankings = rank(cli.model, torch.cat([e["image"] for e in embedded or []]), asked.texts)
+    paths = [str(p) for p in cli.datamodule.predict_dataloader().dataset.paths]
+    for path, ranking in zip(paths, rankings, strict=True):
+        _print(path, ranking, as_json=cli.config.json)
+
+
+@torch.no_grad()
+def rank(module: "torch.nn.Module", z_image_BE: torch.Tensor, texts: Sequence[str]) -> list[list[Ranked]]:
+    """Returns, for every image embedding [B, E], the texts from best to worst."""
+    ids = torch.as_tensor(module.tokenizer.encode(list(texts))).to(z_image_BE.device)  # type: ignore[operator, union-attr]
+    towers = module.model.to(z_image_BE.device)  # type: ignore[operator, union-attr]
+    logits = towers.logits(z_image_BE, towers.encode_text(ids).embedding)  # type: ignore[operator, union-attr]
+    rows = zip(logits.sigmoid().tolist(), logits.softmax(1).tolist(), strict=True)
+    ranked = [[Ranked(*r) for r in zip(texts, match, share, strict=True)] for match, share in rows]
+    return [sorted(row, key=lambda r: -r.match) for row in ranked]
+
+
+def _print(path: str, ranking: list[Ranked], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"image": path, "texts": [vars(r) for r in ranking]}, ensure_ascii=False))
+        return
+    table = Table(title=path, title_justify="left")
+    for name, justify in (("text", "left"), ("match", "right"), ("among these", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for r in ranking:
+        table.add_row(r.text, f"{r.match:.2%}", f"{r.share:.1%}")
+    Console().print(table)

@@ -1,0 +1,144 @@
+"""`siglip2 fit | validate | test | predict`: LightningCLI over recipes."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from siglip2.core.callbacks.faults import FaultCounter
+from siglip2.core.callbacks.retrieval import Retrieval
+from siglip2.core.callbacks.run_report import WriteReport
+from siglip2.core.callbacks.throughput import Throughput
+from siglip2.core.callbacks.zero_shot import ZeroShot
+from siglip2.core.checkpoint import AtomicCheckpointIO, read_checkpoint
+from siglip2.core.data.datamodule import SigLIP2Data
+from siglip2.core.module import SigLIP2Module
+from siglip2.core.optim import PUBLISHED
+from siglip2.recipes import expand_arguments
+from siglip2.registry import in_order, plugins_class, suggestion
+
+UNKNOWN = re.compile(r"(?:Option '|unrecognized arguments: --|does not accept option '|[Kk]ey '|Key \")([\w.]+)")
+
+
+class RecipeParser(LightningArgumentParser):
+    """LightningCLI's parser, with the nearest known word for what it does not know."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Ends the program with status 2, the message, and a suggestion if a name is misspelt."""
+        unknown = UNKNOWN.search(message)
+        if unknown and ("not accept" in message or "unrecognized" in message or "not expected" in message):
+            known = {word for dest in self._all_keys() for word in (dest, dest.rsplit(".", 1)[-1])}
+            hint = suggestion(unknown[1], known) if unknown[1] not in known else "."
+            message += "" if hint == "." else f"\n  '{unknown[1]}' is not known{hint}"
+        print(f"{self.prog}: error: {message}\n`{self.prog} --help` lists every option.", file=sys.stderr)
+        sys.exit(2)
+
+    def _all_keys(self) -> list[str]:
+        return [action.dest for action in self._actions]
+
+
+class SigLIP2CLI(LightningCLI):
+    """Builds trainer, model and data out of recipes and overrides.
+
+    Args:
+        arguments: what follows the subcommand.
+        with_report: whether a finished `fit` writes report.html.
+    """
+
+    def __init__(self, arguments: Sequence[str], *, command: str):
+        self.command = command
+        base, pinned = _from_checkpoint(arguments, command)
+        expanded, self.order = expand_arguments(arguments, base)
+        super().__init__(
+            SigLIP2Module,
+            SigLIP2Data,
+            trainer_class=Trainer,
+            save_config_callback=SaveConfigCallback if command == "fit" else None,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": f"siglip2 {command}"},
+            auto_configure_optimizers=False,
+            run=False,
+            args=[*expanded, *pinned],
+        )
+        self.model.recipe = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=True))
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Returns the parser that knows what to suggest."""
+        kwargs.setdefault("dump_header", ["siglip2 recipe"])
+        parser = RecipeParser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="A recipe: a path, or the name of a shipped one.")
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the expanded arguments (LightningCLI would warn that they are not those of the shell)."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what is ours: plugins by name, the checkpoint, the report, and what `predict` takes."""
+        adamw = {"class_path": "torch.optim.AdamW", "init_args": PUBLISHED}
+        parser.set_defaults({"model.optimizer": adamw})
+        parser.add_class_arguments(plugins_class(self.order), "plugins")
+        parser.link_arguments("plugins", "model.plugins", compute_fn=in_order, apply_on="instantiate")
+        parser.link_arguments("plugins", "data.plugins", compute_fn=in_order, apply_on="instantiate")
+        parser.link_arguments("data", "model.tokenizer", compute_fn=_tokenizer_of, apply_on="instantiate")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to resume or to use.")
+        if self.command == "fit":
+            parser.add_argument("--report", type=bool, default=True, help="Write report.html when training ends.")
+        if self.command == "predict":
+            parser.add_argument("--images", nargs="+", help="Pictures: files, globs, folders.")
+            parser.add_argument("--texts", nargs="+", help="Free texts to rank for every picture.")
+            parser.add_argument("--json", action="store_true", help="Print one JSON object per picture.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Returns the trainer with the callbacks that every run has."""
+        zero_shot, retrieval = ZeroShot(), Retrieval()
+        train = self.datamodule.train
+        always = [zero_shot, retrieval]
+        if self.command == "fit":
+            always += [Throughput(), FaultCounter(train.max_bad if train else 1.0)]
+        if self.command == "fit" and self.config.report:
+            always.append(WriteReport(zero_shot, retrieval))
+        self.trainer_defaults = {"callbacks": always, "plugins": [AtomicCheckpointIO()]}
+        return super().instantiate_trainer(**kwargs)
+
+
+def _tokenizer_of(data: SigLIP2Data) -> Any:
+    return data.tokenizer
+
+
+def _from_checkpoint(arguments: Sequence[str], command: str) -> tuple[dict[str, Any] | None, list[str]]:
+    """Returns the recipe stored in `--ckpt_path` when no `--config` is given, and the overrides that go with it."""
+    given = [a.partition("=") for a in arguments]
+    flags = [flag for flag, _, _ in given]
+    if command == "fit" or "--ckpt_path" not in flags or "--config" in flags or "-c" in flags:
+        return None, []
+    at = flags.index("--ckpt_path")
+    path = given[at][2] or (arguments[at + 1] if at + 1 < len(arguments) else "")
+    recipe = read_checkpoint(path)["siglip2"]["recipe"]
+    recipe = {k: v for k, v in recipe.items() if k not in ("ckpt_path", "report", "trainer")}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    return {**recipe, "trainer": quiet}, ["--data.tokenizer", str(Path(path))]
+
+
+def fit(arguments: Sequence[str]) -> None:
+    """Trains; resumes from `--ckpt_path` if it is given."""
+    cli = SigLIP2CLI(arguments, command="fit")
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+
+
+def validate(arguments: Sequence[str]) -> None:
+    """Evaluates a checkpoint on the recipe's zero-shot and retrieval sets."""
+    cli = SigLIP2CLI(arguments, command="validate")
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+
+
+def test(arguments: Sequence[str]) -> None:
+    """As `validate`, through Lightning's test loop."""
+    cli = SigLIP2CLI(arguments, command="test")
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)

@@ -1,0 +1,42 @@
+"""What evaluation callbacks share: the same three calls under `validate`, `test` and during `fit`."""
+
+from abc import abstractmethod
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from siglip2.core.batch import Batch
+
+
+class Evaluation(Callback):
+    """A callback that scores the embeddings of evaluation sets; it starts, updates per batch, and finishes."""
+
+    @abstractmethod
+    def begin(self, module: Any, data: Any) -> None:
+        """Prepares the metrics of every set; `data` is the datamodule."""
+
+    @abstractmethod
+    def update(self, dataset: str, embedded: dict[str, Any], batch: Batch) -> None:
+        """Takes the embeddings of one batch of the set called `dataset`."""
+
+    @abstractmethod
+    def finish(self) -> dict[str, float]:
+        """Returns the scores over all ranks, by name of the logged metric."""
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begin(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        names = list(trainer.datamodule.eval_sets)  # type: ignore[attr-defined]
+        self.update(names[dataloader_idx], outputs, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scores = self.finish()
+        if not trainer.sanity_checking:
+            pl_module.log_dict(scores)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end

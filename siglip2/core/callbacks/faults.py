@@ -1,0 +1,66 @@
+"""Counts the samples that had to be skipped, names them in the log, and stops a run that skips too many."""
+
+import logging
+from collections import Counter
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from siglip2.core.batch import Batch
+
+log = logging.getLogger(__name__)
+NAMED = 100  # faults named one by one; later ones only count
+EXAMPLES = 5
+
+
+class FaultCounter(Callback):
+    """Watches `Batch.faults` of the training batches.
+
+    Args:
+        max_bad: share of unusable samples from which the run stops.
+        patience: samples to see before judging the share.
+    """
+
+    def __init__(self, max_bad: float = 0.05, patience: int = 1000):
+        if not 0 <= max_bad <= 1:
+            raise ValueError(f"max_bad is a share of the samples, in [0, 1], found {max_bad}")
+        self.max_bad, self.patience = max_bad, patience
+        self.seen, self.reasons, self.examples = 0, Counter[str](), list[str]()
+
+    @property
+    def bad(self) -> int:
+        """Samples skipped so far on this rank."""
+        return sum(self.reasons.values())
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        self.seen += batch.size + len(batch.faults)
+        for fault in batch.faults:
+            line = f"{fault.where}: {fault.key}: {fault.reason}"
+            if self.bad < NAMED:
+                log.warning("skipped a sample: %s", line)
+            self.examples = [*self.examples, line][-EXAMPLES:]
+            self.reasons[fault.reason.split(":")[0]] += 1
+        if self.seen >= self.patience and self.bad > self.max_bad * self.seen:
+            raise RuntimeError(self.summary())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.bad:
+            log.warning("%s", self.summary(stopped=False))
+
+    def summary(self, stopped: bool = True) -> str:
+        """Returns what was skipped and why, and what to do."""
+        kinds = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(5))
+        text = f"{self.bad} of {self.seen} samples could not be used ({kinds}). The last: {'; '.join(self.examples)}."
+        if not stopped:
+            return text
+        return (
+            f"{text} That is more than data.train.max_bad = {self.max_bad:g}: mend the data, or raise the limit and resume "
+            f"from the last checkpoint"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "reasons": dict(self.reasons), "examples": list(self.examples)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen, self.reasons = state_dict["seen"], Counter(state_dict["reasons"])
+        self.examples = list(state_dict["examples"])

@@ -1,0 +1,120 @@
+"""Writes report.html when training ends: curves, scores per language, examples, heatmaps."""
+
+import logging
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from siglip2.core.callbacks.examples import picture_examples, text_examples
+from siglip2.core.callbacks.faults import FaultCounter
+from siglip2.core.callbacks.retrieval import Retrieval
+from siglip2.core.callbacks.zero_shot import ENGLISH, ZeroShot
+from siglip2.core.data.datamodule import caption_name
+from siglip2.core.report.data import Curve, RunReport
+from siglip2.core.report.render import write_report
+
+log = logging.getLogger(__name__)
+UNITS = {"images_per_s": "images/s", "train/": "nats", "waiting": "of the time"}
+
+
+class WriteReport(Callback):
+    """Collects what is logged and writes `report.html` into the run's folder at the end of `fit`.
+
+    Args:
+        zero_shot: the callback whose last scores are shown.
+        retrieval: likewise.
+    """
+
+    def __init__(self, zero_shot: ZeroShot, retrieval: Retrieval):
+        self.zero_shot, self.retrieval = zero_shot, retrieval
+        self.history: dict[str, dict[int, float]] = {}
+        self._trained_s, self._since, self._images = 0.0, 0.0, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._images += batch.size * trainer.world_size
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            names = [n for n in trainer.callback_metrics if not n.startswith(("zero_shot/", "retrieval/"))]
+            self._note(trainer, names)
+            self._keep("lr", trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            wanted = [n for n in trainer.callback_metrics if n.startswith("zero_shot/") and n.endswith("mean/top1")]
+            wanted += [n for n in trainer.callback_metrics if n.endswith((f"{ENGLISH}/top1", f"{ENGLISH}/text_to_image@1"))]
+            self._note(trainer, wanted, prefix="val/")
+
+    def _note(self, trainer: Trainer, names: list[str], prefix: str = "") -> None:
+        for name in names:
+            self._keep(prefix + name, trainer.global_step, float(trainer.callback_metrics[name]))
+
+    def _keep(self, name: str, step: int, value: float) -> None:
+        self.history.setdefault(name, {})[step] = value
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trained_s += time.monotonic() - self._since
+        if trainer.is_global_zero:
+            folder = Path(trainer.log_dir or trainer.default_root_dir)
+            path = write_report(self.collect(trainer, pl_module), folder / "report.html")
+            log.info("report: %s", path)
+            print(f"\nreport: {path}")
+
+    def collect(self, trainer: Trainer, module: Any) -> RunReport:
+        """Returns all that is known of the run."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        report = RunReport(
+            title=f"siglip2: {', '.join(module.plugins)}",
+            subtitle="What this run learned, on pictures and captions it was not trained on.",
+            facts=self._facts(trainer, module),
+            curves=self._curves(),
+            zero_shot=list(self.zero_shot.rows),
+            retrieval=list(self.retrieval.rows),
+            recipe=yaml.safe_dump(module.recipe, sort_keys=False, allow_unicode=True),
+            notes=[c.summary(stopped=False) for c in trainer.callbacks if isinstance(c, FaultCounter) and c.bad],  # type: ignore[attr-defined]
+        )
+        was_training = module.training
+        module.eval()
+        for name, settings in list(data.retrieval.items())[:1]:
+            language = ENGLISH if ENGLISH in (settings.languages or []) else (settings.languages or [None])[0]
+            report.text_to_image = text_examples(module, data.eval_batches(name), language, caption_name(language))
+        for name, settings in list(data.zero_shot.items())[:1]:
+            report.image_to_text, report.heatmaps = picture_examples(module, data.eval_batches(name), settings)
+        module.train(was_training)
+        return report
+
+    def _curves(self) -> list[Curve]:
+        first = ["train/loss"]  # the headline card shows the first loss
+        names = [n for n in first if n in self.history] + [n for n in self.history if n not in first]
+        return [Curve(n, list(self.history[n]), list(self.history[n].values()), _unit(n)) for n in names]
+
+    def _facts(self, trainer: Trainer, module: Any) -> dict[str, str]:
+        model = sum(p.numel() for p in module.model.parameters())
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        return {
+            "Steps": f"{trainer.global_step:,}",
+            "Images seen": f"{self._images:,}",
+            "Training time": f"{self._trained_s / 60:.1f} min",
+            "Parameters": f"{model / 1e6:.1f} M",
+            "Hardware": f"{trainer.world_size} x {device}",
+            "Precision": str(trainer.precision),
+            "Versions": f"siglip2 {version('siglip2')}, torch {torch.__version__}",
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        trained = self._trained_s + (time.monotonic() - self._since if self._since else 0.0)
+        return {"history": self.history, "images": self._images, "trained_s": trained}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history, self._images = state_dict["history"], state_dict["images"]
+        self._trained_s = state_dict["trained_s"]
+
+
+def _unit(name: str) -> str:
+    return next((unit for start, unit in UNITS.items() if name.startswith(start)), "")

@@ -1,0 +1,112 @@
+"""Zero-shot classification, per language."""
+
+# B batch, K classes, E embedding dimension
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+
+from siglip2.core.batch import Batch
+from siglip2.core.callbacks.evaluation import Evaluation
+from siglip2.core.data.settings import ZeroShotSet
+from siglip2.core.model.two_towers import unit_norm
+from siglip2.core.report.data import ZeroShotRow
+
+ENGLISH = "en"
+
+
+def read_classes(path: str, languages: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """Returns the class names by language, in the order of the labels.
+
+    Args:
+        path: JSON file {"classes": [...]}, each class a name or {"names": {language: name}}.
+        languages: the languages wanted; None takes all that every class has.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no classes, or a class lacks a wanted language.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no class names at {path}: expected a JSON file {{'classes': [...]}} in label order")
+    entries = json.loads(Path(path).read_text(encoding="utf-8")).get("classes") or []
+    names = [{ENGLISH: e} if isinstance(e, str) else e["names"] for e in entries]
+    if not names:
+        raise ValueError(f"{path} holds no classes: expected {{'classes': [...]}} in label order")
+    common = set.intersection(*(set(n) for n in names))
+    wanted = sorted(common) if languages is None else list(languages)
+    if lacking := [x for x in wanted if x not in common]:
+        raise ValueError(f"{path} has no name for some class in {', '.join(lacking)}; every class has {', '.join(sorted(common))}")
+    return {language: [n[language] for n in names] for language in wanted}
+
+
+def class_vectors(module: Any, names: Sequence[str], templates: Sequence[str], *, batch_size: int = 256) -> Tensor:
+    """Returns one unit-norm vector per class, [K, E]: the mean over prompts of normalised text embeddings, normalised.
+
+    Source: google-research/big_vision, evaluators/proj/image_text/discriminative_classifier.py.
+    """
+    prompts = [template.format(name) for name in names for template in templates]
+    ids = module.tokenizer.encode(prompts)
+    parts = [module.model.encode_text(part.to(module.device)).embedding for part in torch.as_tensor(ids).split(batch_size)]
+    return unit_norm(torch.cat(parts).unflatten(0, (len(names), len(templates))).mean(1))
+
+
+class ZeroShot(Evaluation):
+    """Top-1 and top-5 of every zero-shot set in every language, logged as `zero_shot/<set>/<language>/top1`."""
+
+    def __init__(self) -> None:
+        self.rows: list[ZeroShotRow] = []
+        self._vectors: dict[tuple[str, str], Tensor] = {}
+        self._metrics: dict[tuple[str, str], dict[int, MulticlassAccuracy]] = {}
+
+    def begin(self, module: Any, data: Any) -> None:
+        self._vectors, self._metrics = {}, {}
+        sets: Mapping[str, ZeroShotSet] = data.zero_shot
+        for dataset, settings in sets.items():
+            for language, names in read_classes(settings.classes, settings.languages).items():
+                self._vectors[dataset, language] = class_vectors(module, names, settings.templates)
+                self._metrics[dataset, language] = {
+                    k: _accuracy(len(names), k).to(module.device) for k in (1, min(5, len(names)))
+                }
+
+    def update(self, dataset: str, embedded: dict[str, Tensor], batch: Batch) -> None:
+        for (name, language), vectors in self._vectors.items():
+            if name == dataset:
+                label = embedded["label"] if batch.real is None else embedded["label"].where(batch.real, -1)
+                scores_BK = embedded["image"] @ vectors.T
+                for metric in self._metrics[name, language].values():
+                    metric.update(scores_BK, label)
+
+    def finish(self) -> dict[str, float]:
+        self.rows = [self._row(dataset, language) for dataset, language in self._metrics]
+        scores = {}
+        for row in self.rows:
+            scores[f"zero_shot/{row.dataset}/{row.language}/top1"] = row.top1
+            scores[f"zero_shot/{row.dataset}/{row.language}/top5"] = row.top5
+        for dataset in {row.dataset: None for row in self.rows}:
+            top1 = [row.top1 for row in self.rows if row.dataset == dataset]
+            scores[f"zero_shot/{dataset}/mean/top1"] = sum(top1) / len(top1)
+        return scores
+
+    def _row(self, dataset: str, language: str) -> ZeroShotRow:
+        metrics = self._metrics[dataset, language]
+        top1, top5 = metrics[1], metrics[max(metrics)]
+        classes = self._vectors[dataset, language].shape[0]
+        seen = int((top1.tp + top1.fn).sum()) if top1.tp.ndim else int(top1.tp + top1.fn)
+        return ZeroShotRow(
+            dataset=dataset,
+            language=language,
+            num_images=seen,
+            num_classes=classes,
+            top1=float(top1.compute()),
+            top5=float(top5.compute()),
+            chance=1 / classes,
+        )
+
+
+def _accuracy(num_classes: int, top_k: int) -> MulticlassAccuracy:
+    return MulticlassAccuracy(num_classes, top_k=top_k, average="micro", ignore_index=-1)

@@ -1,0 +1,117 @@
+"""What a checkpoint must share with a recipe, and what may differ.
+
+`model.*` is the product and must match. `plugins.<name>.*` is scaffolding: what a recipe has beyond the file starts
+fresh, what the file has beyond the recipe is dropped, both are reported by plugin name.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def reconcile(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a state dict with the names of `current`: the product from `saved`, plugins as far as they are there.
+
+    Raises:
+        ValueError: if `model.*` differs in names or shapes; the first differences are listed.
+    """
+    differences = _differences(_product(saved), _product(current))
+    if differences:
+        more = f"\n  ... and {len(differences) - 6} more" if len(differences) > 6 else ""
+        raise ValueError(
+            "the checkpoint holds another model than this recipe builds:\n  "
+            + "\n  ".join(differences[:6])
+            + more
+            + "\nUse the recipe it was trained with (it is stored in the file), or set model.size and the patchifier to match."
+        )
+    fresh = {_plugin_of(n) for n, t in current.items() if n not in saved or saved[n].shape != t.shape}
+    dropped = {_plugin_of(n) for n in saved if n not in current}
+    for name in sorted(fresh):
+        log.warning("plugin '%s' is not in the checkpoint as this recipe builds it: it starts fresh", name)
+    for name in sorted(dropped - fresh):
+        log.warning("plugin '%s' is in the checkpoint but not in this recipe: it is dropped", name)
+    return {n: t if _plugin_of(n) in fresh else saved[n] for n, t in current.items()}
+
+
+def _product(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t for n, t in state.items() if n.startswith("model.")}
+
+
+def _plugin_of(name: str) -> str | None:
+    head, _, rest = name.partition(".")
+    return rest.split(".")[0] if head == "plugins" else None
+
+
+def _differences(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> list[str]:
+    lines = []
+    for name in [*current, *(n for n in saved if n not in current)]:
+        a, b = saved.get(name), current.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            found = "absent" if a is None else f"{list(a.shape)}"
+            expected = "absent" if b is None else f"{list(b.shape)}"
+            lines.append(f"{name}: found {found}, expected {expected}")
+    return lines
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Reads one of our checkpoint files onto the CPU, with `weights_only`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or not a checkpoint of this project.
+    """
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no checkpoint at {path}: give the .ckpt file that `siglip2 fit` wrote") from None
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint ({error}): it may be cut short; try an earlier one") from error
+    if "siglip2" not in checkpoint:
+        raise ValueError(f"{path} was not written by siglip2 (it holds {', '.join(map(str, list(checkpoint)[:5]))})")
+    return checkpoint
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: a file under its final name is always whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Saves `checkpoint` to `path`; local paths are written atomically, URLs as Lightning does.
+
+        Raises:
+            OSError: if it cannot be written, saying what is lost (nothing saved before) and what to do.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        final = Path(path)
+        partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(final)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise OSError(_not_written(final, checkpoint, error)) from error
+
+
+def _not_written(path: Path, checkpoint: Mapping[str, Any], error: Exception) -> str:
+    kept = sorted(path.parent.glob("*.ckpt"), key=lambda p: p.stat().st_mtime) if path.parent.is_dir() else []
+    resume = f"the last whole one is {kept[-1]}; resume with --ckpt_path {kept[-1]}" if kept else "there is no earlier one"
+    return (
+        f"the checkpoint of step {checkpoint.get('global_step', '?')} could not be written to {path}: "
+        f"{str(error).splitlines()[0]}. Earlier checkpoints are untouched: {resume}. Free space on that disk, or set "
+        f"trainer.default_root_dir to another one"
+    )

@@ -1,0 +1,1 @@
+"""From shards to batches: sources, order, tokenizer, loader, and the Lightning datamodule."""

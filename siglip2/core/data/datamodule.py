@@ -1,0 +1,178 @@
+"""The Lightning datamodule: sources, tokenizer and views of a recipe, as loaders."""
+
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from siglip2.core.batch import Batch
+from siglip2.core.data.loader import EvalBatches, FromIndex, Maker, TrainBatches, share
+from siglip2.core.data.order import Order
+from siglip2.core.data.predicting import PicturesToRank
+from siglip2.core.data.settings import PredictSet, RetrievalSet, TextOptions, TrainSet, ZeroShotSet
+from siglip2.core.data.source import Source, check_source, open_source
+from siglip2.core.data.text import Tokenizer
+from siglip2.core.hooks import build_manager
+from siglip2.core.layout import Layout, Patchifier, Phase, phases
+from siglip2.core.plugin import Plugin
+from siglip2.core.views import IMAGE, LabelView, TextView, View
+
+EvalSet = ZeroShotSet | RetrievalSet
+
+
+class SigLIP2Data(LightningDataModule):
+    """Training, evaluation and prediction data of a recipe.
+
+    Args:
+        plugins: the plugins of the recipe: they decide which views are made.
+        tokenizer: a tokenizer.json, a SentencePiece model, or a folder that holds one.
+        text: how captions become ids.
+        train: what is trained on.
+        zero_shot: labelled sets, by name, evaluated by the zero-shot callback.
+        retrieval: captioned sets, by name, evaluated by the retrieval callback.
+        predict: pictures and texts for `siglip2 predict`.
+        num_workers: loader processes on each rank; results do not depend on it.
+        eval_batch_size: rows per evaluation batch on each rank.
+        seed: decides order, crops and caption choice.
+    """
+
+    def __init__(
+        self,
+        plugins: list[Plugin],
+        tokenizer: str,
+        text: TextOptions = TextOptions(),  # noqa: B008 - frozen
+        train: TrainSet | None = None,
+        zero_shot: dict[str, ZeroShotSet] | None = None,
+        retrieval: dict[str, RetrievalSet] | None = None,
+        predict: PredictSet = PredictSet(),  # noqa: B008 - frozen
+        num_workers: int = 2,
+        eval_batch_size: int = 64,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.recipe_plugins = plugins
+        self.tokenizer = Tokenizer.load(tokenizer, **asdict(text))
+        self.train, self.predict = train, predict
+        self.zero_shot, self.retrieval = dict(zero_shot or {}), dict(retrieval or {})
+        self.num_workers, self.eval_batch_size, self.seed = num_workers, eval_batch_size, seed
+        if clash := sorted(self.zero_shot.keys() & self.retrieval.keys()):
+            raise ValueError(f"'{clash[0]}' names a zero-shot set and a retrieval set: rename one of them")
+
+    @cached_property
+    def _hooks(self) -> Any:
+        return build_manager(self.recipe_plugins)
+
+    @cached_property
+    def patchifier(self) -> Patchifier:
+        """The recipe's patchifier."""
+        patchifier: Patchifier = self._hooks.hook.patchifier()
+        return patchifier
+
+    @cached_property
+    def train_source(self) -> Source:
+        """The samples that are trained on, opened and checked."""
+        if self.train is None:
+            raise ValueError("data.train is not set: give at least data.train.path")
+        source = open_source(
+            self.train.path, format=self.train.format, fields=self.train.fields, cache_dir=self.train.cache_dir
+        )
+        check_source(source)
+        return source
+
+    @property
+    def eval_sets(self) -> dict[str, EvalSet]:
+        """All evaluation sets by name, in the order of their loaders."""
+        return {**self.zero_shot, **self.retrieval}
+
+    def views_of(self, phase: Phase) -> tuple[View, ...]:
+        """Returns the views that the awake plugins of a phase read, each once.
+
+        Raises:
+            ValueError: if one name has two descriptions.
+        """
+        asleep = [p for p in self.recipe_plugins if p.name not in phase.awake]
+        merged: dict[str, View] = {}
+        for views in self._hooks.subset_hook_caller("views", asleep)():
+            for view in views:
+                if merged.setdefault(view.name, view) != view:
+                    raise ValueError(f"view '{view.name}' is described twice: as {merged[view.name]} and as {view}")
+        return tuple(merged.values())
+
+    # --- training
+
+    def train_batches(self, *, max_batches: int, rank: int = 0, world_size: int = 1) -> TrainBatches:
+        """Returns the map from batch number to batch, for one rank."""
+        assert self.train is not None
+        maker = Maker(self.train_source, self.patchifier, self.tokenizer, self.seed, self.train.languages)
+        order = Order(self.train_source.shard_sizes(), self.seed, window=self.train.window)
+        views = [(phase.start, self.views_of(phase)) for phase in phases(self.recipe_plugins)]
+        return TrainBatches(maker, order, views, max_batches=max_batches, rank=rank, world_size=world_size)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        trainer = self.trainer
+        assert trainer is not None
+        total = trainer.max_steps * trainer.accumulate_grad_batches
+        batches = self.train_batches(max_batches=total, rank=trainer.global_rank, world_size=trainer.world_size)
+        return self._loader(batches, FromIndex(trainer.global_step * trainer.accumulate_grad_batches, total))
+
+    def rehearsal_batch(self, phase: Phase) -> Batch:
+        """Returns two samples with the views of a phase."""
+        assert self.train is not None
+        maker = Maker(self.train_source, self.patchifier, self.tokenizer, self.seed, self.train.languages)
+        views = self.views_of(phase)
+        return EvalBatches(maker, views, batch_size=min(2, share(self.patchifier.layout(0), 1)))[0]
+
+    # --- evaluation
+
+    def eval_views(self, dataset: EvalSet) -> tuple[View, ...]:
+        """Returns the views of an evaluation set: image and label, or image and a caption per language."""
+        if isinstance(dataset, ZeroShotSet):
+            return (IMAGE, LabelView())
+        return (IMAGE, *(TextView(caption_name(x), language=x) for x in dataset.languages or [None]))
+
+    def eval_batches(self, name: str, *, rank: int = 0, world_size: int = 1) -> EvalBatches:
+        """Returns the batches of the evaluation set called `name`, for one rank."""
+        dataset = self.eval_sets[name]
+        source = open_source(dataset.path, format=dataset.format, fields=dataset.fields)
+        needs = ("image", "label") if isinstance(dataset, ZeroShotSet) else ("image", "caption")
+        check_source(source, needs)
+        maker = Maker(source, self.patchifier, self.tokenizer, self.seed)
+        return EvalBatches(
+            maker,
+            self.eval_views(dataset),
+            batch_size=self.eval_batch_size,
+            rank=rank,
+            world_size=world_size,
+            limit=dataset.limit,
+        )
+
+    def val_dataloader(self) -> list[DataLoader[Batch]]:
+        assert self.trainer is not None
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        return [self._loader(self.eval_batches(n, rank=rank, world_size=world_size)) for n in self.eval_sets]
+
+    test_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        layout = Layout(self.patchifier.layout(0).seq_len, 1)
+        return self._loader(PicturesToRank(self.predict.images, self.patchifier, layout))
+
+    def _loader(self, batches: Any, sampler: Any = None) -> DataLoader[Batch]:
+        workers = self.num_workers if len(batches) > 1 else 0
+        return DataLoader(
+            batches,
+            batch_size=None,  # the dataset's items are whole batches
+            sampler=sampler,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=False,
+            prefetch_factor=4 if workers else None,
+        )
+
+
+def caption_name(language: str | None) -> str:
+    """Returns the name of the caption view of a language in evaluation, for example `caption:de`."""
+    return "caption" if language is None else f"caption:{language}"

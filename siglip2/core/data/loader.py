@@ -1,0 +1,197 @@
+"""Batches as a pure function of their number: what makes resume exact and the number of workers irrelevant."""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from siglip2.core.batch import Batch, Fault, collate
+from siglip2.core.data.fields import BadSample
+from siglip2.core.data.order import Order
+from siglip2.core.data.source import Source
+from siglip2.core.data.text import Tokenizer
+from siglip2.core.layout import Layout, Patchifier
+from siglip2.core.views import Context, View
+
+ATTEMPTS = 32
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes rows of views out of samples; the same for training and evaluation.
+
+    Args:
+        source: the samples.
+        patchifier: the recipe's patchifier.
+        tokenizer: text to ids.
+        seed: with the position of a sample it decides every random choice.
+        languages: share of each language among captions; None draws evenly.
+    """
+
+    source: Source
+    patchifier: Patchifier
+    tokenizer: Tokenizer
+    seed: int
+    languages: Mapping[str, float] | None = None
+
+    def row(self, sample_index: int, *, position: int, views: Sequence[View], layout: Layout) -> tuple[str, dict[str, Any]]:
+        """Returns the key and the views of one sample; raises BadSample."""
+        sample = self.source.read(sample_index)
+        return sample.key, {view.name: view(sample, self._context(view, position, layout)) for view in views}
+
+    def _context(self, view: View, position: int, layout: Layout) -> Context:
+        entropy = [self.seed, position, zlib.crc32(view.name.encode())]
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+        return Context(rng, self.patchifier, layout, self.tokenizer, self.languages)
+
+
+class TrainBatches(Dataset[Batch]):
+    """Map from the number of a global batch to this rank's share of it.
+
+    Args:
+        maker: makes rows.
+        order: which sample stands at which position of the stream.
+        views: (start, views) of each phase, by progress, in order.
+        max_batches: batches of the whole run; progress is number / max_batches.
+        rank: this process among `world_size`.
+        world_size: processes that share each batch evenly.
+
+    Raises:
+        ValueError: if a batch size does not divide over the ranks.
+    """
+
+    def __init__(
+        self,
+        maker: Maker,
+        order: Order,
+        views: Sequence[tuple[float, tuple[View, ...]]],
+        *,
+        max_batches: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.maker, self.order, self.views = maker, order, tuple(views)
+        self.max_batches, self.rank, self.world_size = max_batches, rank, world_size
+        self._known_start = (0, 0)  # batch number -> position of its first sample
+        share(maker.patchifier.layout(0), world_size)
+
+    def __len__(self) -> int:
+        return self.max_batches
+
+    def __getitem__(self, index: int) -> Batch:
+        layout = self.maker.patchifier.layout(index)
+        size = share(layout, self.world_size)
+        first = self._start(index) + self.rank * size
+        views = self.views_at(index / self.max_batches)
+        _, samples = self.order.many(first, size)
+        rows, faults = [], []
+        for position, sample in enumerate(samples.tolist(), start=first):
+            rows.append(self._good_row(sample, position, views, layout, faults))
+        keys = tuple(key for key, _ in rows)
+        return Batch(collate([row for _, row in rows]), size, index, keys, faults=tuple(faults))
+
+    def views_at(self, progress: float) -> tuple[View, ...]:
+        """Returns the views that are made at `progress`."""
+        return [views for start, views in self.views if start <= progress][-1]
+
+    def _start(self, index: int) -> int:
+        number, position = self._known_start if self._known_start[0] <= index else (0, 0)
+        for earlier in range(number, index):
+            position += self.maker.patchifier.layout(earlier).batch_size
+        self._known_start = (index, position)
+        return position
+
+    def _good_row(self, sample: int, position: int, views: Sequence[View], layout: Layout, faults: list[Fault]) -> Any:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self.maker.row(sample, position=position, views=views, layout=layout)
+            except BadSample as bad:
+                faults.append(Fault(bad.where, bad.key, bad.reason))
+                sample = self.order.substitute(position, attempt)
+        raise RuntimeError(
+            f"{ATTEMPTS} samples in a row could not be used; the last: {faults[-1].where}, key {faults[-1].key}: "
+            f"{faults[-1].reason}. Check data.train with `siglip2 index` and its fields"
+        )
+
+
+class EvalBatches(Dataset[Batch]):
+    """A finite set in stored order, cut over the ranks; the last batch is filled up with rows that are not `real`.
+
+    Args:
+        maker: makes rows.
+        views: the views of the evaluation.
+        batch_size: rows per batch on each rank.
+        rank: this process among `world_size`.
+        world_size: processes that share the set; each makes the same number of batches.
+        limit: use only so many samples.
+    """
+
+    def __init__(
+        self,
+        maker: Maker,
+        views: Sequence[View],
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        limit: int | None = None,
+    ):
+        self.maker, self.views, self.batch_size = maker, tuple(views), batch_size
+        self.rank, self.world_size = rank, world_size
+        self.num_samples = len(maker.source) if limit is None else min(limit, len(maker.source))
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // (self.batch_size * self.world_size))
+
+    def __getitem__(self, index: int) -> Batch:
+        first = (index * self.world_size + self.rank) * self.batch_size
+        layout = Layout(self.maker.patchifier.layout(0).seq_len, self.batch_size)
+        rows, faults, real = [], [], []
+        for position in range(first, first + self.batch_size):
+            row, good = self._row(position, layout, faults)
+            rows.append(row)
+            real.append(good and position < self.num_samples)
+        keys = tuple(key for key, _ in rows)
+        views = collate([row for _, row in rows])
+        return Batch(views, self.batch_size, index, keys, torch.tensor(real), faults=tuple(faults))
+
+    def _row(self, position: int, layout: Layout, faults: list[Fault]) -> tuple[Any, bool]:
+        for other in range(self.num_samples):  # a bad sample, or one past the end, is filled in by a later one
+            sample = (position + other) % self.num_samples
+            try:
+                return self.maker.row(sample, position=sample, views=self.views, layout=layout), other == 0
+            except BadSample as bad:
+                faults.append(Fault(bad.where, bad.key, bad.reason))
+        raise RuntimeError(f"no sample of {self.maker.source.name} can be used; the last: {faults[-1]}")
+
+
+class FromIndex(Sampler[int]):
+    """Batch numbers first, first + 1, ... total - 1; its length is the whole run's, as the trainer counts."""
+
+    def __init__(self, first: int, total: int):
+        self.first, self.total = first, total
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.total))
+
+    def __len__(self) -> int:
+        return self.total
+
+
+def share(layout: Layout, world_size: int) -> int:
+    """Returns the rows of one rank.
+
+    Raises:
+        ValueError: if the global batch does not divide over the ranks.
+    """
+    if layout.batch_size % world_size:
+        lower = layout.batch_size // world_size * world_size
+        raise ValueError(
+            f"the global batch of {layout.batch_size} does not divide over {world_size} processes: set the patchifier's "
+            f"batch_size to {lower or world_size} or {lower + world_size}"
+        )
+    return layout.batch_size // world_size

@@ -1,0 +1,1 @@
+"""The product: a vision tower, a text tower, and the two together."""

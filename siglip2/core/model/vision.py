@@ -1,0 +1,99 @@
+"""The vision tower: patches in, un-pooled tokens and one pooled vector out."""
+
+# B batch, N patches, P patch values, D width
+
+from typing import NamedTuple
+
+import timm
+from torch import Tensor, nn
+
+from siglip2.core.batch import Patches
+from siglip2.core.functional import resample_grid, unpatchify
+from siglip2.core.model.blocks import LayerNorm, key_mask, lecun_normal_, make_blocks, make_pool, normal_table
+from siglip2.core.model.sizes import Shape
+
+
+class VisionOutput(NamedTuple):
+    """Tokens [B, N, D] after the final norm, as decoders read them, and their pooled vector [B, D]."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """Maps uint8 pixels to [-1, 1] float32 (mean and std 0.5)."""
+    return pixels.float() / 127.5 - 1
+
+
+class VisionTower(nn.Module):
+    """ViT of SigLIP 2 over `Patches`: no class token, a learned position grid, MAP pooling.
+
+    Source: google-research/big_vision, models/vit.py and models/proj/image_text/naflex_vit.py.
+
+    Args:
+        shape: width, depth, MLP width, heads.
+        patch_size: side of a patch in pixels.
+        grid: (rows, columns) of the position table; other grids are resampled from it (bilinear, antialiased).
+    """
+
+    def __init__(self, shape: Shape, *, patch_size: int, grid: tuple[int, int]):
+        super().__init__()
+        self.width, self.patch_size = shape.width, patch_size
+        self.embed = nn.Linear(patch_size * patch_size * 3, shape.width)  # a convolution with kernel = stride
+        self.pos_embed = normal_table(*grid, shape.width)
+        self.blocks = make_blocks(shape)
+        self.norm = LayerNorm(shape.width)
+        self.pool = make_pool(shape)
+        lecun_normal_(self.embed)
+
+    def forward(self, images: Patches) -> VisionOutput:
+        """Encodes uint8 patches [B, N, P]."""
+        mask = key_mask(images.valid)
+        x = self.embed(to_unit_range(images.patches)) + self._positions(images)  # [B, N, P] -> [B, N, D]
+        for block in self.blocks:
+            x = block(x, attn_mask=mask)
+        x = self.norm(x)
+        return VisionOutput(x, self.pool(x, attn_mask=mask))
+
+    def _positions(self, images: Patches) -> Tensor:
+        rows, columns, _ = self.pos_embed.shape
+        if images.grid == (rows, columns):  # the table's own grid, row-major: nothing to resample
+            return self.pos_embed.flatten(0, 1)
+        if images.grid is not None:
+            return resample_grid(self.pos_embed, images.coords, grid=images.grid)
+        sizes = images.coords.amax(dim=1, keepdim=True) + 1  # [B, 1, 2]; padding has the coordinates (0, 0)
+        return resample_grid(self.pos_embed, images.coords, grid=(sizes[..., 0], sizes[..., 1]))
+
+
+class TimmVisionTower(nn.Module):
+    """Any timm vision transformer as the vision tower, for fixed square grids.
+
+    Args:
+        name: timm model name, for example `vit_small_patch16_224`; its head is dropped, its own pooling kept.
+        grid: (rows, columns) of patches that the patchifier makes.
+        patch_size: side of a patch in pixels.
+
+    Raises:
+        ValueError: if timm has no such model, or it does not give tokens [B, N, D].
+    """
+
+    def __init__(self, name: str, *, patch_size: int, grid: tuple[int, int]):
+        super().__init__()
+        if not timm.is_model(name):
+            near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+            raise ValueError(f"timm has no model called '{name}'. Some near names: {near}. See timm.list_models('*vit*').")
+        size = (grid[0] * patch_size, grid[1] * patch_size)
+        try:
+            self.trunk = timm.create_model(name, pretrained=False, num_classes=0, img_size=size)
+        except TypeError as error:
+            raise ValueError(f"timm's '{name}' takes no img_size, so it is not a ViT: choose a vit_* model") from error
+        self.width, self.patch_size = self.trunk.num_features, patch_size
+
+    def forward(self, images: Patches) -> VisionOutput:
+        """Encodes uint8 patches [B, N, P] of one full grid."""
+        if images.grid is None:
+            raise ValueError("a timm vision tower needs whole images: use the `fixed` patchifier or leave out `model.timm`")
+        pixels = to_unit_range(unpatchify(images.patches, images.grid))  # [B, N, P] -> [B, 3, H, W]
+        tokens = self.trunk.forward_features(pixels)
+        prefix = getattr(self.trunk, "num_prefix_tokens", 0)
+        return VisionOutput(tokens[:, prefix:], self.trunk.forward_head(tokens, pre_logits=True))

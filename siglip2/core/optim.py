@@ -1,0 +1,132 @@
+"""Parameter rules by name, and optimizer state that travels by name."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+# SigLIP 2, section 2.1; beta2 from SigLIP, section 4.7. The paper's decay of 1e-4 is added after the learning rate, so
+# torch's AdamW, which multiplies the decay by the learning rate of 1e-3, needs 0.1 for the same step.
+PUBLISHED = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
+
+
+def published_adamw(params: Any) -> Optimizer:
+    """Returns AdamW as SigLIP 2 was trained with: lr 1e-3, betas 0.9 and 0.95, decoupled weight decay."""
+    return AdamW(params, **PUBLISHED)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for the parameters whose name matches; of several rules the last that says something wins.
+
+    Args:
+        match: regular expression, searched in names like `model.vision.blocks.0.attn.qkv.weight`.
+        lr: factor on the learning rate.
+        decay: whether weight decay applies.
+        frozen: whether the parameters stay as they are.
+    """
+
+    match: str
+    lr: float | None = None
+    decay: bool | None = None
+    frozen: bool | None = None
+
+
+# big_vision decays only what flax calls `kernel`: the matrices of Dense, conv and attention (optax.py, wd_mults)
+KERNELS_ONLY = Rule(r"(\bbias|norm\d?\.weight|pos_embed|token_embed\.weight|latent|logit_scale|logit_bias)$", decay=False)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the rules say about one parameter: learning-rate factor, weight decay, frozen."""
+
+    lr: float = 1.0
+    decay: bool = True
+    frozen: bool = False
+
+
+def settle(name: str, num_dims: int, rules: Iterable[Rule]) -> Settled:
+    """Returns what the rules say about the parameter `name`; vectors and scalars never decay unless a rule says so."""
+    lr, decay, frozen = 1.0, num_dims > 1, False
+    for rule in rules:
+        if re.search(rule.match, name):
+            lr = lr if rule.lr is None else rule.lr
+            decay = decay if rule.decay is None else rule.decay
+            frozen = frozen if rule.frozen is None else rule.frozen
+    return Settled(lr, decay, frozen)
+
+
+def check_rules(names: Iterable[str], rules: Iterable[Rule]) -> None:
+    """Raises ValueError for a rule that is no regular expression or matches no parameter at all."""
+    names = list(names)
+    for rule in rules:
+        try:
+            pattern = re.compile(rule.match)
+        except re.error as error:
+            raise ValueError(f"rule match '{rule.match}' is not a regular expression: {error}") from error
+        if not any(pattern.search(name) for name in names):
+            examples = ", ".join(names[:: max(1, len(names) // 4)][:4])
+            raise ValueError(f"rule match '{rule.match}' fits no parameter; names look like {examples}")
+
+
+def freeze(module: nn.Module, rules: Iterable[Rule]) -> None:
+    """Switches the gradient off for every parameter that the rules freeze."""
+    rules = list(rules)
+    for name, parameter in module.named_parameters():
+        if settle(name, parameter.ndim, rules).frozen:
+            parameter.requires_grad_(False)
+
+
+def param_groups(module: nn.Module, rules: Iterable[Rule]) -> list[dict[str, Any]]:
+    """Groups the trainable parameters by what the rules say of them.
+
+    Returns:
+        Groups for `torch.optim`, with `params` as (name, parameter) pairs, `lr_factor`, and `weight_decay` 0.0 where
+        none applies.
+    """
+    rules = list(rules)
+    groups: dict[Settled, dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        says = settle(name, parameter.ndim, rules)
+        empty: dict[str, Any] = {"params": [], "lr_factor": says.lr}
+        group = groups.setdefault(says, empty if says.decay else {**empty, "weight_decay": 0.0})
+        group["params"].append((name, parameter))
+    return list(groups.values())
+
+
+def apply_lr_factors(optimizer: Optimizer) -> None:
+    """Multiplies each group's learning rate by its `lr_factor`; call once, before any scheduler is made."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * group.get("lr_factor", 1.0)
+
+
+def match_state_by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Returns a loaded optimizer state dict reordered to this optimizer's parameters, matched by name.
+
+    Parameters that the file does not know start with fresh state, those it has beyond are dropped. Use as
+    `optimizer.register_load_state_dict_pre_hook(match_state_by_name)`.
+    """
+    saved_groups = state_dict["param_groups"]
+    saved = {
+        name: (number, group)
+        for group in saved_groups
+        for name, number in zip(group.get("param_names", ()), group["params"], strict=False)
+    }
+    if not saved:
+        return state_dict
+    state, groups, count = {}, [], 0
+    for group in optimizer.param_groups:
+        names = group["param_names"]
+        origin = next((saved[n][1] for n in names if n in saved), None)
+        options = {k: v for k, v in (origin or group).items() if k not in ("params", "param_names")}
+        numbers = list(range(count, count + len(names)))
+        count += len(names)
+        groups.append({**options, "params": numbers, "param_names": names})
+        state.update({i: state_dict["state"][saved[n][0]] for i, n in zip(numbers, names, strict=True)
+                      if n in saved and saved[n][0] in state_dict["state"]})  # fmt: skip
+    return {**state_dict, "state": state, "param_groups": groups}

@@ -1,0 +1,194 @@
+"""What a report holds: plain dataclasses, no torch, so that anything that can measure a run can fill one.
+
+Rates and scores are fractions in [0, 1]. A value that was not measured may be NaN; it is shown as a dash.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Picture = npt.NDArray[np.uint8]  # [H, W, 3]
+
+
+def _check_picture(picture: Picture, owner: str) -> None:
+    """Refuses what is not a uint8 RGB picture, before it turns into noise on the page."""
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
+        raise ValueError(
+            f"{owner}: a picture must be uint8 [H, W, 3], found {picture.dtype} {list(picture.shape)}; "
+            "undo the normalisation and move channels last"
+        )
+
+
+def _check_lengths(owner: str, **columns: int) -> None:
+    """Refuses columns of one table that differ in length."""
+    if len(set(columns.values())) > 1:
+        found = ", ".join(f"{name} {length}" for name, length in columns.items())
+        raise ValueError(f"{owner}: lists must have one length, found {found}")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One logged quantity over training steps.
+
+    Args:
+        name: as logged; `train/...` is drawn among the losses, `val/...` among the validation curves.
+        steps: optimizer steps, any order; a step that occurs twice (after a resume) keeps its last value.
+        values: one per step; NaN and infinities are marked on the axis and counted.
+        unit: shown after the value, such as `nats` or `images/s`.
+    """
+
+    name: str
+    steps: list[int]
+    values: list[float]
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        _check_lengths(f"curve {self.name!r}", steps=len(self.steps), values=len(self.values))
+
+
+@dataclass(frozen=True)
+class ZeroShotRow:
+    """Zero-shot classification of one data set with class names in one language.
+
+    Args:
+        dataset: name of the data set; rows of one data set are shown together.
+        language: code of the prompts, such as `en`.
+        num_images: test images.
+        num_classes: classes to choose from.
+        top1: share of images whose best class is right.
+        top5: share of images with the right class among the best five.
+        chance: top-1 of a guess.
+    """
+
+    dataset: str
+    language: str
+    num_images: int
+    num_classes: int
+    top1: float
+    top5: float
+    chance: float
+
+
+@dataclass(frozen=True)
+class RetrievalRow:
+    """Image-text retrieval on one data set in one language.
+
+    Args:
+        dataset: name of the data set; rows of one data set are shown together.
+        language: code of the texts.
+        num_images: images to choose from.
+        num_texts: texts to choose from.
+        text_to_image: K -> share of texts whose image is among the best K.
+        image_to_text: K -> share of images with one of their texts among the best K.
+    """
+
+    dataset: str
+    language: str
+    num_images: int
+    num_texts: int
+    text_to_image: dict[int, float]
+    image_to_text: dict[int, float]
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalExample:
+    """A text and the pictures it found, best first.
+
+    Args:
+        query: the text.
+        language: its code.
+        images: uint8 pictures [H, W, 3].
+        scores: probability of each pair.
+        correct: whether the picture belongs to the text.
+    """
+
+    query: str
+    language: str
+    images: list[Picture]
+    scores: list[float]
+    correct: list[bool]
+
+    def __post_init__(self) -> None:
+        owner = f"retrieval example {self.query!r}"
+        _check_lengths(owner, images=len(self.images), scores=len(self.scores), correct=len(self.correct))
+        for image in self.images:
+            _check_picture(image, owner)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageExample:
+    """A picture and the texts it found, best first.
+
+    Args:
+        image: uint8 picture [H, W, 3].
+        texts: the texts, in any languages.
+        scores: probability of each pair.
+        correct: whether the text belongs to the picture.
+    """
+
+    image: Picture
+    texts: list[str]
+    scores: list[float]
+    correct: list[bool]
+
+    def __post_init__(self) -> None:
+        lengths = {"texts": len(self.texts), "scores": len(self.scores), "correct": len(self.correct)}
+        _check_lengths("image example", **lengths)
+        _check_picture(self.image, "image example")
+
+
+@dataclass(frozen=True, eq=False)
+class Heatmap:
+    """Where in a picture a text is: its similarity with every patch.
+
+    Args:
+        image: uint8 picture [H, W, 3].
+        text: the text.
+        language: its code.
+        similarity: float [rows, columns] over the patch grid, on any scale.
+    """
+
+    image: Picture
+    text: str
+    language: str
+    similarity: npt.NDArray[np.floating]
+
+    def __post_init__(self) -> None:
+        _check_picture(self.image, f"heatmap {self.text!r}")
+        if self.similarity.ndim != 2 or 0 in self.similarity.shape:
+            shape = list(self.similarity.shape)
+            raise ValueError(
+                f"heatmap {self.text!r}: similarity must be [rows, columns], found shape {shape}"
+            )
+
+
+@dataclass(eq=False)
+class RunReport:
+    """All that is known of a run; a part left empty leaves no trace on the page.
+
+    Args:
+        title: headline.
+        subtitle: one sentence under it.
+        facts: steps, parameters, hardware, wall time, commit and so on, in the order shown.
+        curves: training curves.
+        zero_shot: zero-shot results.
+        retrieval: retrieval results.
+        text_to_image: texts and the pictures they found.
+        image_to_text: pictures and the texts they found.
+        heatmaps: text-to-patch similarity.
+        recipe: the recipe as YAML, shown folded.
+        notes: what a reader should know, such as what was not run.
+    """
+
+    title: str
+    subtitle: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+    curves: list[Curve] = field(default_factory=list)
+    zero_shot: list[ZeroShotRow] = field(default_factory=list)
+    retrieval: list[RetrievalRow] = field(default_factory=list)
+    text_to_image: list[RetrievalExample] = field(default_factory=list)
+    image_to_text: list[ImageExample] = field(default_factory=list)
+    heatmaps: list[Heatmap] = field(default_factory=list)
+    recipe: str = ""
+    notes: list[str] = field(default_factory=list)

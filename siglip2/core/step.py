@@ -1,0 +1,76 @@
+"""What objectives see during one training step: views in, features out, each computed at most once."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from siglip2.core.batch import Batch
+from siglip2.core.model.two_towers import ImageFeatures, TextFeatures, TwoTowers, image_features
+
+STUDENT = "student"
+
+
+class Step:
+    """One training step on one rank.
+
+    Args:
+        model: the towers that are trained, encoder `student`.
+        batch: the views of this rank.
+        progress: optimizer steps done / max_steps, in [0, 1).
+        encoders: further image encoders by name (`teacher`, `reference`), run without gradient.
+    """
+
+    def __init__(self, model: TwoTowers, batch: Batch, *, progress: float, encoders: Mapping[str, nn.Module] | None = None):
+        self.model, self.batch, self.progress = model, batch, progress
+        self.encoders = dict(encoders or {})
+        self._features: dict[tuple[str, str], Any] = {}
+
+    def view(self, name: str) -> Any:
+        """Returns the view called `name`: `Patches` or a tensor with C * B rows.
+
+        Raises:
+            KeyError: if no awake plugin declared that view.
+        """
+        if name not in self.batch.views:
+            made = ", ".join(self.batch.views)
+            raise KeyError(f"no view called '{name}' in this batch (it has {made}): return it from your `views` hook")
+        return self.batch.views[name]
+
+    def encode_image(self, view: str = "image", by: str = STUDENT) -> ImageFeatures:
+        """Returns the features of an image view; computed on the first request, read on later ones.
+
+        Args:
+            view: name of an image view.
+            by: `student`, or an encoder that a plugin offers; those run without gradient.
+
+        Raises:
+            KeyError: if there is no such view or encoder.
+        """
+        key = (view, by)
+        if key not in self._features:
+            self._features[key] = self._encode_image(view, by)
+        features: ImageFeatures = self._features[key]
+        return features
+
+    def _encode_image(self, view: str, by: str) -> ImageFeatures:
+        if by == STUDENT:
+            return self.model.encode_image(self.view(view))
+        if by not in self.encoders:
+            known = ", ".join([STUDENT, *self.encoders])
+            raise KeyError(f"no encoder called '{by}' is awake (there is {known}): enable the plugin that offers it")
+        with torch.no_grad():
+            return image_features(self.encoders[by], self.view(view))
+
+    def encode_text(self, view: str = "caption") -> TextFeatures:
+        """Returns the features of a text view; computed on the first request, read on later ones."""
+        key = (view, STUDENT)
+        if key not in self._features:
+            self._features[key] = self.model.encode_text(self.view(view))
+        features: TextFeatures = self._features[key]
+        return features
+
+    def select(self, kept: torch.Tensor) -> "Step":
+        """Returns the step on the rows `kept` ([B'] int64), with nothing computed yet."""
+        return Step(self.model, self.batch.select(kept), progress=self.progress, encoders=self.encoders)

@@ -1,0 +1,90 @@
+"""`fixed`: every image becomes the same square grid of patches."""
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from siglip2.core.batch import Patches
+from siglip2.core.functional import grid_coords, patchify
+from siglip2.core.hooks import hookimpl
+from siglip2.core.layout import Layout
+from siglip2.core.plugin import Plugin
+from siglip2.core.views import View
+
+FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+
+
+@dataclass(frozen=True)
+class FixedPatchifier:
+    """Squashes images to a square, ignoring their aspect ratio, and cuts it into patches (SigLIP 2, section 2.1)."""
+
+    image_size: int
+    patch_size: int
+    batch_size: int
+    filter: str
+    antialias: bool
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns); pixels beyond the last whole patch are dropped (384 at patch 14 gives 27 x 27)."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    def layout(self, index: int) -> Layout:
+        return Layout(seq_len=self.grid[0] * self.grid[1], batch_size=self.batch_size)
+
+    def __call__(self, image: Tensor, view: View, layout: Layout) -> Patches:
+        """Returns the patches [1, N, P] uint8 of an image [3, H, W] uint8."""
+        size = [self.image_size, self.image_size]
+        square = resize(image, size, interpolation=FILTERS[self.filter], antialias=self.antialias)
+        return Patches(patchify(square, self.patch_size)[None], grid_coords(*self.grid)[None], None, self.grid)
+
+    def contract(self) -> dict[str, object]:
+        plain = {k: v for k, v in asdict(self).items() if k != "batch_size"}
+        return {"patchifier": "fixed", **plain, "mean": 0.5, "std": 0.5}
+
+
+class Fixed(Plugin):
+    """Square images of one resolution: constant sequence length, no padding, no mask.
+
+    Args:
+        image_size: side of the square in pixels.
+        patch_size: side of a patch in pixels.
+        batch_size: examples per step over all devices.
+        filter: resize filter, bilinear or bicubic. SigLIP 2 does not publish its training filter; bilinear is
+            big_vision's default.
+        antialias: whether the resize is antialiased. big_vision's own resize is not, its documentation recommends it.
+        start: leave at 0: a recipe always needs its patchifier.
+        stop: leave at 1.
+
+    Raises:
+        ValueError: if a size is not positive, a patch is larger than the image, or the filter is unknown.
+    """
+
+    name = "fixed"
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        patch_size: int = 16,
+        batch_size: int = 32768,
+        filter: str = "bilinear",
+        antialias: bool = True,
+        start: float = 0.0,
+        stop: float = 1.0,
+    ):
+        super().__init__(start=start, stop=stop)
+        if not 0 < patch_size <= image_size or batch_size < 1:
+            raise ValueError(
+                f"fixed: expected 0 < patch_size <= image_size and batch_size >= 1, found image_size={image_size}, "
+                f"patch_size={patch_size}, batch_size={batch_size}"
+            )
+        if filter not in FILTERS:
+            raise ValueError(f"fixed: no resize filter called '{filter}', expected one of {', '.join(FILTERS)}")
+        self._patchifier = FixedPatchifier(image_size, patch_size, batch_size, filter, antialias)
+
+    @hookimpl
+    def patchifier(self) -> FixedPatchifier:
+        return self._patchifier

@@ -1,0 +1,213 @@
+"""The page parses, stands alone, shows what the data holds and nothing else, and survives bad data."""
+
+import dataclasses
+import math
+import os
+import re
+import stat
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from siglip2.core.report import (
+    Curve,
+    Heatmap,
+    ImageExample,
+    RetrievalExample,
+    RetrievalRow,
+    RunReport,
+    ZeroShotRow,
+    render,
+    write_report,
+)
+from siglip2.core.report.markup import VOID
+
+GREY = np.full((16, 24, 3), 128, np.uint8)
+ANCHORS = {
+    "curves": "curves",
+    "zero_shot": "zero-shot",
+    "retrieval": "retrieval",
+    "text_to_image": "text-to-image",
+    "image_to_text": "image-to-text",
+    "heatmaps": "heatmaps",
+    "recipe": "recipe",
+    "notes": "notes",
+}
+
+
+class Page(HTMLParser):
+    """The page taken apart: section anchors, tags, attribute names and text; checks that tags close."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: set[str] = set()
+        self.sections: list[str | None] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag == "section":
+            self.sections.append(dict(attrs)["id"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "script"} & set(self.open):
+            self.text += data + "\n"
+
+
+@pytest.fixture(scope="module")
+def full(sample_report: RunReport) -> str:
+    """The page of a rich run."""
+    return render(sample_report)
+
+
+def test_full_page_has_balanced_tags_and_every_section(full: str) -> None:
+    assert Page(full).sections == list(ANCHORS.values())
+
+
+def test_page_names_no_address(full: str) -> None:
+    assert not re.search(
+        r"(https?:)?//[a-z]", re.sub(r"base64,[A-Za-z0-9+/=]+", "", full.replace("\n// ", ""))
+    )
+    assert not re.search(r"@import|url\(|<link|<iframe", full)
+
+
+def test_page_stays_small(full: str) -> None:
+    assert len(full.encode()) < 1_000_000
+
+
+@pytest.mark.parametrize("part", ANCHORS)
+def test_empty_part_leaves_no_section_and_no_link(sample_report: RunReport, part: str) -> None:
+    empty = {part: type(getattr(sample_report, part))()}
+    page = render(dataclasses.replace(sample_report, **empty))
+    assert Page(page).sections == [anchor for name, anchor in ANCHORS.items() if name != part]
+    assert f'href="#{ANCHORS[part]}"' not in page
+
+
+def test_bare_title_is_a_page() -> None:
+    page = Page(render(RunReport("only a title")))
+    assert page.sections == []
+    assert not {"nav", "dl", "div"} & set(page.tags)
+
+
+EVIL = "</script></style></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\ud800"
+
+
+def test_every_text_is_escaped() -> None:
+    report = RunReport(
+        EVIL,
+        subtitle=EVIL,
+        facts={EVIL: EVIL},
+        curves=[Curve(f"{prefix}{EVIL}", [1, 2], [1.0, math.nan], EVIL) for prefix in ("train/", "val/", "")],
+        zero_shot=[ZeroShotRow(EVIL, EVIL, 10, 2, 0.5, 1.0, 0.5)],
+        retrieval=[RetrievalRow(EVIL, EVIL, 10, 10, {1: 0.5}, {1: 0.5})],
+        text_to_image=[RetrievalExample(EVIL, EVIL, [GREY], [0.5], [True])],
+        image_to_text=[ImageExample(GREY, [EVIL], [0.5], [True])],
+        heatmaps=[Heatmap(GREY, EVIL, EVIL, np.eye(2))],
+        recipe=EVIL,
+        notes=[EVIL],
+    )
+    page = Page(render(report))
+    assert page.tags.count("script") == page.tags.count("style") == 1
+    assert page.tags.count("img") == 4
+    assert "onerror" not in page.attributes
+    assert page.text.count(EVIL.replace("\ud800", "?")) >= 14
+
+
+def test_right_to_left_text_finds_its_direction() -> None:
+    page = render(RunReport("t", text_to_image=[RetrievalExample("חתול", "he", [GREY], [0.5], [True])]))
+    assert '<span dir="auto" lang="he">חתול</span>' in page
+    assert "Hebrew" in page
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [math.nan, 1.0, math.inf, 2.0],
+        [math.nan] * 4,
+        [-math.inf, math.inf, math.nan, 1e308],
+        [1e308, -1e308, 0.0, 1.0],
+        [0.0] * 4,
+        [5e-324, 1e-320, 0.0, 0.0],
+        [1e15, 1e15 + 1, 1e15, 1e15],
+    ],
+)
+def test_broken_curve_writes_no_broken_number(values: list[float]) -> None:
+    page = render(RunReport("t", curves=[Curve("train/loss", [1, 2, 3, 4], values)]))
+    assert "loss" in Page(page).text
+    assert not re.search(r"[\"\s,\[-](nan|inf)\b", page, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("steps", [[], [7], [0], [7, 7, 7]])
+def test_curve_of_one_step_or_none_is_drawn(steps: list[int]) -> None:
+    Page(render(RunReport("t", curves=[Curve("train/loss", steps, [float(step) for step in steps])])))
+
+
+def test_loss_that_ends_in_nan_shows_no_figure() -> None:
+    page = Page(render(RunReport("t", curves=[Curve("train/sigmoid", [1, 2], [3.25, math.nan])])))
+    assert "not finite at the end" in page.text
+    assert "1 value not finite, the last one too" in page.text
+
+
+def test_mean_row_and_headline_average_the_languages() -> None:
+    rows = [
+        ZeroShotRow("set", code, 100, 10, top1, 1.0, 0.1) for code, top1 in [("de", 0.2), ("en-GB", 0.65)]
+    ]
+    text = Page(render(RunReport("t", zero_shot=rows))).text
+    assert "Zero-shot top-1, English (GB)\n65.0%" in text
+    assert "Zero-shot top-1, mean\n42.5%" in text
+    assert "Mean of 2 languages\n42.5%" in text
+
+
+def test_unmeasured_recall_is_a_dash() -> None:
+    rows = [RetrievalRow("set", "en", 10, 10, {1: 0.5, 5: math.nan}, {})]
+    text = Page(render(RunReport("t", retrieval=rows))).text
+    assert "English\n50.0%\n–" in text
+
+
+@pytest.mark.parametrize("similarity", [np.full((2, 3), np.nan), np.zeros((1, 1)), np.array([[1.0, np.inf]])])
+def test_degenerate_heatmap_is_drawn(similarity: np.ndarray) -> None:
+    assert render(RunReport("t", heatmaps=[Heatmap(GREY, "text", "en", similarity)])).count("<img") == 2
+
+
+def test_wrong_picture_or_length_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\], found float64 \[3, 8, 8\]"):
+        ImageExample(np.zeros((3, 8, 8)), ["a"], [0.5], [True])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="found steps 2, values 1"):
+        Curve("loss", [1, 2], [1.0])
+    with pytest.raises(ValueError, match="images 1, scores 2, correct 1"):
+        RetrievalExample("query", "en", [GREY], [0.5, 0.2], [True])
+
+
+def test_write_makes_folders_and_replaces_the_old_page(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "report.html"
+    assert write_report(RunReport("first"), target) == target
+    write_report(RunReport("second"), str(target))
+    assert "second" in target.read_text(encoding="utf-8")
+    assert [path.name for path in target.parent.iterdir()] == ["report.html"]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o644
+
+
+def test_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = write_report(RunReport("first"), tmp_path / "report.html")
+
+    def full_disk(*paths: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        write_report(RunReport("second"), target)
+    assert "first" in target.read_text(encoding="utf-8")
+    assert list(tmp_path.iterdir()) == [target]
