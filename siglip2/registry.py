@@ -138,7 +138,7 @@ def _read_options(name: Any, options: Any) -> dict[str, Any] | None:
 
 
 def overlay(base: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `base` with a later recipe's plugins laid over it by name: options merge, new names append, None removes."""
+    """Returns `base` with a later recipe's plugins over it by name: options merge, new names append, None removes."""
     merged = dict(base)
     for name, options in later.items():
         if options is None:

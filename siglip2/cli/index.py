@@ -4,7 +4,7 @@ import argparse
 
 from rich.progress import Progress
 
-from siglip2.core.data.tar_index import index_shards
+from siglip2.core.data.index_shards import index_shards
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,8 @@ def run(args: argparse.Namespace) -> None:
     with Progress() as bar:
         task = bar.add_task("indexing", total=None)
         summary = index_shards(
-            args.shards, workers=args.workers, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            args.shards,
+            workers=args.workers,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     print(summary)

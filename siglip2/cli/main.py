@@ -63,6 +63,8 @@ def _help(arguments: list[str]) -> None:
     import difflib
 
     known = [*TRAINING, *(" ".join(words) for words in COMMANDS)]
-    close = difflib.get_close_matches(" ".join(arguments[:2]), known, 1) or difflib.get_close_matches(arguments[0], known, 1)
+    close = difflib.get_close_matches(" ".join(arguments[:2]), known, 1) or difflib.get_close_matches(
+        arguments[0], known, 1
+    )
     hint = f", did you mean '{close[0]}'?" if close else ""
     sys.exit(f"siglip2: no command '{arguments[0]}'{hint}\n\n{text}")

@@ -40,7 +40,9 @@ def describe(entry: Entry) -> dict[str, Any]:
 
 def _type(parameter: inspect.Parameter) -> str:
     annotation = parameter.annotation
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("siglip2.core.schedules.", "")
+    return (
+        annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("siglip2.core.schedules.", "")
+    )
 
 
 def _print(console: Console, name: str, about: dict[str, Any]) -> None:

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from siglip2.cli.training import SigLIP2CLI
+from siglip2.core.module import SigLIP2Module
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,11 @@ def predict(arguments: Sequence[str]) -> None:
     asked = cli.datamodule.predict
     asked = replace(asked, images=cli.config.images or asked.images, texts=cli.config.texts or asked.texts)
     if not asked.images or not asked.texts:
-        raise ValueError("predict needs pictures and texts: siglip2 predict --ckpt_path CKPT --images a.png --texts 'a cat' 'a dog'")
+        raise ValueError(
+            "predict needs pictures and texts: siglip2 predict --ckpt_path CKPT --images a.png --texts 'a cat' 'a dog'"
+        )
     cli.datamodule.predict = asked
-    embedded = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    embedded: Any = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
     rankings = rank(cli.model, torch.cat([e["image"] for e in embedded or []]), asked.texts)
     paths = [str(p) for p in cli.datamodule.predict_dataloader().dataset.paths]
     for path, ranking in zip(paths, rankings, strict=True):
@@ -42,11 +46,11 @@ def predict(arguments: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def rank(module: "torch.nn.Module", z_image_BE: torch.Tensor, texts: Sequence[str]) -> list[list[Ranked]]:
+def rank(module: SigLIP2Module, z_image_BE: torch.Tensor, texts: Sequence[str]) -> list[list[Ranked]]:
     """Returns, for every image embedding [B, E], the texts from best to worst."""
-    ids = torch.as_tensor(module.tokenizer.encode(list(texts))).to(z_image_BE.device)  # type: ignore[operator, union-attr]
-    towers = module.model.to(z_image_BE.device)  # type: ignore[operator, union-attr]
-    logits = towers.logits(z_image_BE, towers.encode_text(ids).embedding)  # type: ignore[operator, union-attr]
+    ids = torch.as_tensor(module.tokenizer.encode(list(texts))).to(z_image_BE.device)
+    towers = module.model.to(z_image_BE.device)
+    logits = towers.logits(z_image_BE, towers.encode_text(ids).embedding)
     rows = zip(logits.sigmoid().tolist(), logits.softmax(1).tolist(), strict=True)
     ranked = [[Ranked(*r) for r in zip(texts, match, share, strict=True)] for match, share in rows]
     return [sorted(row, key=lambda r: -r.match) for row in ranked]

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import CheckpointIO
 
+from siglip2.cli.console import print_scores, set_up_logging
 from siglip2.core.callbacks.faults import FaultCounter
 from siglip2.core.callbacks.retrieval import Retrieval
 from siglip2.core.callbacks.run_report import WriteReport
@@ -30,6 +32,8 @@ class RecipeParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Ends the program with status 2, the message, and a suggestion if a name is misspelt."""
+        if not self.exit_on_error:  # a parser inside the parser, for the options of one class
+            super().error(message, ex)
         unknown = UNKNOWN.search(message)
         if unknown and ("not accept" in message or "unrecognized" in message or "not expected" in message):
             known = {word for dest in self._all_keys() for word in (dest, dest.rsplit(".", 1)[-1])}
@@ -47,11 +51,12 @@ class SigLIP2CLI(LightningCLI):
 
     Args:
         arguments: what follows the subcommand.
-        with_report: whether a finished `fit` writes report.html.
+        command: fit, validate, test or predict.
     """
 
     def __init__(self, arguments: Sequence[str], *, command: str):
         self.command = command
+        set_up_logging()
         base, pinned = _from_checkpoint(arguments, command)
         expanded, self.order = expand_arguments(arguments, base)
         super().__init__(
@@ -82,7 +87,9 @@ class SigLIP2CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what is ours: plugins by name, the checkpoint, the report, and what `predict` takes."""
         adamw = {"class_path": "torch.optim.AdamW", "init_args": PUBLISHED}
-        parser.set_defaults({"model.optimizer": adamw})
+        # a run is one pass of max_steps batches, and each rank already takes its own share of every batch
+        once = {"trainer.max_epochs": 1, "trainer.use_distributed_sampler": False}
+        parser.set_defaults({"model.optimizer": adamw, **once})
         parser.add_class_arguments(plugins_class(self.order), "plugins")
         parser.link_arguments("plugins", "model.plugins", compute_fn=in_order, apply_on="instantiate")
         parser.link_arguments("plugins", "data.plugins", compute_fn=in_order, apply_on="instantiate")
@@ -97,15 +104,24 @@ class SigLIP2CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Returns the trainer with the callbacks that every run has."""
-        zero_shot, retrieval = ZeroShot(), Retrieval()
+        self.zero_shot, self.retrieval = ZeroShot(), Retrieval()
         train = self.datamodule.train
-        always = [zero_shot, retrieval]
+        always: list[Callback] = [self.zero_shot, self.retrieval]
         if self.command == "fit":
             always += [Throughput(), FaultCounter(train.max_bad if train else 1.0)]
         if self.command == "fit" and self.config.report:
-            always.append(WriteReport(zero_shot, retrieval))
-        self.trainer_defaults = {"callbacks": always, "plugins": [AtomicCheckpointIO()]}
-        return super().instantiate_trainer(**kwargs)
+            always.append(WriteReport(self.zero_shot, self.retrieval))
+        self.trainer_defaults = {"callbacks": always}
+        chosen = self.config_init.trainer.plugins or []
+        chosen = [*chosen] if isinstance(chosen, list) else [chosen]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in chosen):
+            chosen.append(AtomicCheckpointIO())
+        return super().instantiate_trainer(plugins=chosen, **kwargs)
+
+    def print_scores(self) -> None:
+        """Prints what the evaluation callbacks found, on the first rank."""
+        if self.trainer.is_global_zero:
+            print_scores(self.zero_shot.rows, self.retrieval.rows)
 
 
 def _tokenizer_of(data: SigLIP2Data) -> Any:
@@ -130,15 +146,18 @@ def fit(arguments: Sequence[str]) -> None:
     """Trains; resumes from `--ckpt_path` if it is given."""
     cli = SigLIP2CLI(arguments, command="fit")
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    cli.print_scores()
 
 
 def validate(arguments: Sequence[str]) -> None:
     """Evaluates a checkpoint on the recipe's zero-shot and retrieval sets."""
     cli = SigLIP2CLI(arguments, command="validate")
-    cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, verbose=False)
+    cli.print_scores()
 
 
 def test(arguments: Sequence[str]) -> None:
     """As `validate`, through Lightning's test loop."""
     cli = SigLIP2CLI(arguments, command="test")
-    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, verbose=False)
+    cli.print_scores()

@@ -31,7 +31,8 @@ def reconcile(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> dic
             "the checkpoint holds another model than this recipe builds:\n  "
             + "\n  ".join(differences[:6])
             + more
-            + "\nUse the recipe it was trained with (it is stored in the file), or set model.size and the patchifier to match."
+            + "\nUse the recipe it was trained with (it is stored in the file), "
+            + "or set model.size and the patchifier to match."
         )
     fresh = {_plugin_of(n) for n, t in current.items() if n not in saved or saved[n].shape != t.shape}
     dropped = {_plugin_of(n) for n in saved if n not in current}
@@ -46,9 +47,10 @@ def _product(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: t for n, t in state.items() if n.startswith("model.")}
 
 
-def _plugin_of(name: str) -> str | None:
+def _plugin_of(name: str) -> str:
+    """The plugin that a tensor belongs to; "" for those of the product."""
     head, _, rest = name.partition(".")
-    return rest.split(".")[0] if head == "plugins" else None
+    return rest.split(".")[0] if head == "plugins" else ""
 
 
 def _differences(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> list[str]:
@@ -74,7 +76,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}: give the .ckpt file that `siglip2 fit` wrote") from None
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint ({error}): it may be cut short; try an earlier one") from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({error}): it may be cut short; try an earlier one"
+        ) from error
     if "siglip2" not in checkpoint:
         raise ValueError(f"{path} was not written by siglip2 (it holds {', '.join(map(str, list(checkpoint)[:5]))})")
     return checkpoint
@@ -109,7 +113,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _not_written(path: Path, checkpoint: Mapping[str, Any], error: Exception) -> str:
     kept = sorted(path.parent.glob("*.ckpt"), key=lambda p: p.stat().st_mtime) if path.parent.is_dir() else []
-    resume = f"the last whole one is {kept[-1]}; resume with --ckpt_path {kept[-1]}" if kept else "there is no earlier one"
+    resume = (
+        f"the last whole one is {kept[-1]}; resume with --ckpt_path {kept[-1]}" if kept else "there is no earlier one"
+    )
     return (
         f"the checkpoint of step {checkpoint.get('global_step', '?')} could not be written to {path}: "
         f"{str(error).splitlines()[0]}. Earlier checkpoints are untouched: {resume}. Free space on that disk, or set "

@@ -41,7 +41,9 @@ def sigmoid_loss(z_image_BD: Tensor, z_text_BD: Tensor, *, scale: Tensor, bias: 
     """
     num_images, num_texts = z_image_BD.shape[0], z_text_BD.shape[0]
     if num_texts < offset + num_images:
-        raise ValueError(f"expected a text for each of {num_images} images from row {offset} on, found {num_texts} texts")
+        raise ValueError(
+            f"expected a text for each of {num_images} images from row {offset} on, found {num_texts} texts"
+        )
     logits = pair_logits(z_image_BD, z_text_BD, scale=scale, bias=bias)
     positives = logits.diagonal(offset)
     return (F.softplus(logits).sum() - positives.sum()) / num_images
@@ -89,10 +91,11 @@ def resize_weights(coord: Tensor, *, size: Tensor | int, source: int) -> Tensor:
         size: number of output cells, an int or a tensor that broadcasts with `coord`.
         source: number of input cells.
     """
-    ratio = source / torch.as_tensor(size, dtype=torch.float32, device=coord.device)
-    centre = (coord.float() + 0.5) * ratio
-    cells = torch.arange(source, device=coord.device, dtype=torch.float32) + 0.5
-    distance = (cells - centre[..., None]).abs() / ratio.clamp(min=1.0)[..., None]
+    size = torch.as_tensor(size, dtype=torch.float32, device=coord.device)[..., None]
+    cells = 2 * torch.arange(source, device=coord.device, dtype=torch.float32) + 1
+    centre = (2 * coord.float()[..., None] + 1) * source
+    # times 2 size, numerator and denominator are whole numbers, exact in float32: the weights are right to the last bit
+    distance = (cells * size - centre).abs() / (2 * size.clamp(min=source))
     weights = (1 - distance).clamp(min=0)
     return weights / weights.sum(-1, keepdim=True)
 

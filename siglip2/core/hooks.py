@@ -87,15 +87,15 @@ def build_manager(plugins: "Iterable[Plugin]") -> pluggy.PluginManager:
 
     Raises:
         ValueError: if a method has the name of a hook but lacks `@hookimpl`, or has `@hookimpl` but no such hook
-            exists.
+            exists, or it has no such argument.
     """
     manager = pluggy.PluginManager(PROJECT)
     for spec in RUN_SPECS:
         manager.add_hookspecs(spec)
-    for plugin in reversed(list(plugins)):
-        _check_marked(plugin)
-        manager.register(plugin, name=plugin.name)
     try:
+        for plugin in reversed(list(plugins)):
+            _check_marked(plugin)
+            manager.register(plugin, name=plugin.name)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         known = ", ".join(hook_names(*RUN_SPECS))
@@ -108,6 +108,6 @@ def _check_marked(plugin: Any) -> None:
         method = getattr(type(plugin), name, None)
         if method is not None and not hasattr(method, f"{PROJECT}_impl"):
             raise ValueError(
-                f"plugin '{plugin.name}' defines `{name}`, which is a hook, without @hookimpl: it would never be called. "
-                f"Decorate it with siglip2.hookimpl or rename it."
+                f"plugin '{plugin.name}' defines `{name}`, which is a hook, without @hookimpl: it would never be "
+                f"called. Decorate it with siglip2.hookimpl or rename it."
             )

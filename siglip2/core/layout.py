@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -66,9 +67,7 @@ def phases(plugins: "Iterable[Plugin]") -> tuple[Phase, ...]:
     """Returns the phases of a recipe, in order, covering [0, 1)."""
     plugins = list(plugins)
     edges = sorted({0.0, 1.0, *(p.start for p in plugins), *(p.stop for p in plugins)})
-    return tuple(
-        Phase(a, b, tuple(p.name for p in plugins if p.awake(a))) for a, b in zip(edges, edges[1:], strict=False)
-    )
+    return tuple(Phase(a, b, tuple(p.name for p in plugins if p.awake(a))) for a, b in pairwise(edges))
 
 
 def phase_at(all_phases: tuple[Phase, ...], progress: float) -> Phase:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 # SigLIP 2, section 2.1; beta2 from SigLIP, section 4.7. The paper's decay of 1e-4 is added after the learning rate, so
 # torch's AdamW, which multiplies the decay by the learning rate of 1e-3, needs 0.1 for the same step.
@@ -36,7 +37,9 @@ class Rule:
 
 
 # big_vision decays only what flax calls `kernel`: the matrices of Dense, conv and attention (optax.py, wd_mults)
-KERNELS_ONLY = Rule(r"(\bbias|norm\d?\.weight|pos_embed|token_embed\.weight|latent|logit_scale|logit_bias)$", decay=False)
+KERNELS_ONLY = Rule(
+    r"(\bbias|norm\d?\.weight|pos_embed|token_embed\.weight|latent|logit_scale|logit_bias)$", decay=False
+)
 
 
 @dataclass(frozen=True)
@@ -130,3 +133,18 @@ def match_state_by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
         state.update({i: state_dict["state"][saved[n][0]] for i, n in zip(numbers, names, strict=True)
                       if n in saved and saved[n][0] in state_dict["state"]})  # fmt: skip
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+class StepCountLR(LambdaLR):
+    """A LambdaLR that takes from a checkpoint only how far the run is; its learning rates are this recipe's.
+
+    torch's own restores learning rates by the number of the parameter group, and groups come and go with plugins: a new
+    one would stay at the learning rate 0 where the warm-up begins.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues at the step of a saved schedule; call after the optimizer's state is loaded."""
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        for group, base, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = base, base * factor(self.last_epoch)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]

@@ -51,6 +51,10 @@ class Objective(Plugin):
     accumulates: ClassVar[bool] = False
     """Whether averaging the losses of micro-batches gives the loss of the large batch: false for losses over pairs."""
 
+    same_over_ranks: ClassVar[bool] = True
+    """Whether the mean over ranks of its gradients is that of one process on the joined batch; false only where chance
+    is drawn on the device."""
+
     def __init__(self, weight: float | Schedule = 1.0, start: float = 0.0, stop: float = 1.0):
         super().__init__(start=start, stop=stop)
         self.weight = weight

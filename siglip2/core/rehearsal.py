@@ -41,9 +41,9 @@ def rehearse(module: Any, phases: tuple[Phase, ...], make_batch: Any) -> None:
                     total.backward()
             except Exception as error:
                 error.add_note(
-                    f"while rehearsing progress {phase.start:g} to {phase.stop:g} with the plugins {', '.join(phase.awake)}, "
-                    f"before the first training step"
-                ) if hasattr(error, "add_note") else None
+                    f"while rehearsing progress {phase.start:g} to {phase.stop:g} with the plugins "
+                    f"{', '.join(phase.awake)}, before the first training step"
+                )
                 raise
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Schedule:
         points = list(zip(self.at, self.values, strict=True))
         if progress <= points[0][0]:
             return points[0][1]
-        for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        for (x0, y0), (x1, y1) in pairwise(points):
             if progress <= x1:
                 return y0 + (y1 - y0) * (progress - x0) / (x1 - x0)
         return points[-1][1]

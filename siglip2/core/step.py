@@ -22,7 +22,9 @@ class Step:
         encoders: further image encoders by name (`teacher`, `reference`), run without gradient.
     """
 
-    def __init__(self, model: TwoTowers, batch: Batch, *, progress: float, encoders: Mapping[str, nn.Module] | None = None):
+    def __init__(
+        self, model: TwoTowers, batch: Batch, *, progress: float, encoders: Mapping[str, nn.Module] | None = None
+    ):
         self.model, self.batch, self.progress = model, batch, progress
         self.encoders = dict(encoders or {})
         self._features: dict[tuple[str, str], Any] = {}

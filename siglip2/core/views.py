@@ -14,7 +14,7 @@ from siglip2.core.layout import Layout, Patchifier
 
 if TYPE_CHECKING:
     from siglip2.core.batch import Patches
-    from siglip2.core.data.source import Sample
+    from siglip2.core.data.fields import Sample
     from siglip2.core.data.text import Tokenizer
 
 

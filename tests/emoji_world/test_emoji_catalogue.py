@@ -39,7 +39,9 @@ def test_ids_are_unique_and_known_emoji_are_where_they_should_be():
 def test_every_sprite_of_a_large_choice_shows_something():
     for emoji in select(900)[0]:
         pixels = sprite(emoji.id)
-        assert pixels.dtype == np.uint8 and pixels.shape[2] == 4 and max(pixels.shape[:2]) == 80
+        assert pixels.dtype == np.uint8
+        assert pixels.shape[2] == 4
+        assert max(pixels.shape[:2]) == 80
         assert (pixels[..., 3] >= 128).mean() > 0.05, emoji.names["en"]
 
 
@@ -65,7 +67,8 @@ def test_small_selections_are_varied_and_hold_no_flags_or_people():
     trained, unseen = select(128, num_unseen=32)
     groups = Counter(emoji.group for emoji in trained)
     assert not {"Flags", "People & Body", "Symbols"} & set(groups)
-    assert len(groups) == 6 and max(groups.values()) < 0.4 * 128
+    assert len(groups) == 6
+    assert max(groups.values()) < 0.4 * 128
     assert len({emoji.group for emoji in unseen}) >= 4
 
 

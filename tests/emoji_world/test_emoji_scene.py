@@ -46,7 +46,8 @@ def test_languages_change_the_captions_and_nothing_else(pool):
     one = compose(pool, 2, kind="scene", seed=0, split="train")
     four = compose(pool, 2, kind="scene", seed=0, split="train", options=OPTIONS)
     assert np.array_equal(one.image, four.image)
-    assert one.captions["en"] == four.captions["en"] and set(four.captions) == set(LANGUAGES)
+    assert one.captions["en"] == four.captions["en"]
+    assert set(four.captions) == set(LANGUAGES)
 
 
 def test_boxes_are_the_extent_of_the_masks(scenes):
@@ -63,7 +64,8 @@ def test_boxes_are_the_extent_of_the_masks(scenes):
 def test_regions_are_nearest_first_visible_and_of_the_size_their_distance_says(scenes):
     for scene in scenes:
         distances = [region.z for region in scene.regions]
-        assert distances == sorted(distances) and 1 <= len(distances) <= 5
+        assert distances == sorted(distances)
+        assert 1 <= len(distances) <= 5
         height, width = scene.instance_mask.shape
         for region in scene.regions:
             assert MIN_VISIBLE <= region.visible <= 1
@@ -74,8 +76,10 @@ def test_regions_are_nearest_first_visible_and_of_the_size_their_distance_says(s
 
 def test_aspect_ratios_vary_between_one_to_two_and_two_to_one(scenes):
     ratios = np.array([scene.image.shape[1] / scene.image.shape[0] for scene in scenes])
-    assert ratios.min() >= 0.49 and ratios.max() <= 2.05
-    assert (ratios < 0.7).any() and (ratios > 1.4).any()
+    assert ratios.min() >= 0.49
+    assert ratios.max() <= 2.05
+    assert (ratios < 0.7).any()
+    assert (ratios > 1.4).any()
     assert all(max(scene.image.shape[:2]) == 96 for scene in scenes)
 
 
@@ -113,9 +117,11 @@ def test_successive_singles_show_every_emoji_once(pool):
 def test_singles_are_square_large_and_whole(pool):
     for index in range(60):
         scene = compose(pool, index, kind="single", seed=1, split="train", options=SceneOptions(size=64))
-        assert scene.image.shape == (64, 64, 3) and len(scene.regions) == 1
+        assert scene.image.shape == (64, 64, 3)
+        assert len(scene.regions) == 1
         xmin, ymin, xmax, ymax = scene.regions[0].box
-        assert max(xmax - xmin, ymax - ymin) > 0.4 and scene.regions[0].visible == 1
+        assert max(xmax - xmin, ymax - ymin) > 0.4
+        assert scene.regions[0].visible == 1
 
 
 @pytest.mark.parametrize(("bias", "low", "high"), [(0.0, 0.4, 0.6), (0.8, 0.85, 0.95), (1.0, 1.0, 1.0)])

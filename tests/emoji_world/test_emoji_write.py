@@ -135,8 +135,10 @@ def test_duplicates_have_the_asked_rate_and_copy_an_earlier_sample(noisy):
     assert len(copies) == 15
     for key, sample in copies.items():
         source = noisy[sample["json"]["duplicate_of"]]
-        assert sample["json"]["duplicate_of"] < key and "duplicate_of" not in source["json"]
-        assert source["jpg"] == sample["jpg"] and source["json"]["captions"] == sample["json"]["captions"]
+        assert sample["json"]["duplicate_of"] < key
+        assert "duplicate_of" not in source["json"]
+        assert source["jpg"] == sample["jpg"]
+        assert source["json"]["captions"] == sample["json"]["captions"]
 
 
 def test_all_noise_at_once_leaves_the_first_sample_to_copy_from():

@@ -27,7 +27,13 @@ class Evaluation(Callback):
         self.begin(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         names = list(trainer.datamodule.eval_sets)  # type: ignore[attr-defined]
         self.update(names[dataloader_idx], outputs, batch)

@@ -34,7 +34,9 @@ class Embedded:
 @torch.no_grad()
 def embed_some(module: Any, batches: Any, limit: int) -> Embedded:
     """Embeds the first `limit` images of an evaluation set, with its other views."""
-    pictures, patches, rows = [], [], []
+    pictures: list[Any] = []
+    patches: list[Patches] = []
+    rows: list[dict[str, Any]] = []
     for index in range(len(batches)):
         batch = batches[index].to(module.device)
         images: Patches = batch.views["image"]
@@ -46,9 +48,7 @@ def embed_some(module: Any, batches: Any, limit: int) -> Embedded:
     kept = torch.cat([r["real"] for r in rows])[:limit].cpu()
     joined = {k: torch.cat([r[k] for r in rows])[:limit].cpu()[kept] for k in rows[0] if k != "real"}
     chosen = kept.nonzero().flatten().tolist()
-    return Embedded(
-        np.concatenate(pictures)[chosen], [patches[i] for i in chosen], joined.pop("image"), joined
-    )
+    return Embedded(np.concatenate(pictures)[chosen], [patches[i] for i in chosen], joined.pop("image"), joined)
 
 
 def text_examples(module: Any, batches: Any, language: str | None, view: str) -> list[RetrievalExample]:
@@ -94,7 +94,9 @@ def picture_examples(module: Any, batches: Any, settings: Any) -> tuple[list[Ima
         order = best.indices.tolist()
         picture = found.pictures[row]
         examples.append(
-            ImageExample(picture, [names[i] for i in order], best.values.sigmoid().tolist(), [i == label for i in order])
+            ImageExample(
+                picture, [names[i] for i in order], best.values.sigmoid().tolist(), [i == label for i in order]
+            )
         )
         if isinstance(module.model.vision, VisionTower):
             similarity = patch_similarity(module.model.vision, found.patches[row], vectors_KE[label]).cpu().numpy()

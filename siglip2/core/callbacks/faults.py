@@ -54,8 +54,8 @@ class FaultCounter(Callback):
         if not stopped:
             return text
         return (
-            f"{text} That is more than data.train.max_bad = {self.max_bad:g}: mend the data, or raise the limit and resume "
-            f"from the last checkpoint"
+            f"{text} That is more than data.train.max_bad = {self.max_bad:g}: mend the data, or raise the limit and "
+            f"resume from the last checkpoint"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Writes report.html when training ends: curves, scores per language, examples, heatmaps."""
 
-import logging
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -18,12 +17,11 @@ from siglip2.core.data.datamodule import caption_name
 from siglip2.core.report.data import Curve, RunReport
 from siglip2.core.report.render import write_report
 
-log = logging.getLogger(__name__)
 UNITS = {"images_per_s": "images/s", "train/": "nats", "waiting": "of the time"}
 
 
 class WriteReport(Callback):
-    """Collects what is logged and writes `report.html` into the run's folder at the end of `fit`.
+    """Collects what is logged and writes `report.html` into `trainer.default_root_dir` at the end of `fit`.
 
     Args:
         zero_shot: the callback whose last scores are shown.
@@ -38,7 +36,9 @@ class WriteReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.monotonic()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._images += batch.size * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             names = [n for n in trainer.callback_metrics if not n.startswith(("zero_shot/", "retrieval/"))]
@@ -48,7 +48,9 @@ class WriteReport(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             wanted = [n for n in trainer.callback_metrics if n.startswith("zero_shot/") and n.endswith("mean/top1")]
-            wanted += [n for n in trainer.callback_metrics if n.endswith((f"{ENGLISH}/top1", f"{ENGLISH}/text_to_image@1"))]
+            wanted += [
+                n for n in trainer.callback_metrics if n.endswith((f"{ENGLISH}/top1", f"{ENGLISH}/text_to_image@1"))
+            ]
             self._note(trainer, wanted, prefix="val/")
 
     def _note(self, trainer: Trainer, names: list[str], prefix: str = "") -> None:
@@ -61,10 +63,8 @@ class WriteReport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained_s += time.monotonic() - self._since
         if trainer.is_global_zero:
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
-            path = write_report(self.collect(trainer, pl_module), folder / "report.html")
-            log.info("report: %s", path)
-            print(f"\nreport: {path}")
+            path = write_report(self.collect(trainer, pl_module), Path(trainer.default_root_dir) / "report.html")
+            print(f"report: {path}")
 
     def collect(self, trainer: Trainer, module: Any) -> RunReport:
         """Returns all that is known of the run."""
@@ -96,7 +96,9 @@ class WriteReport(Callback):
 
     def _facts(self, trainer: Trainer, module: Any) -> dict[str, str]:
         model = sum(p.numel() for p in module.model.parameters())
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        device = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        )
         return {
             "Steps": f"{trainer.global_step:,}",
             "Images seen": f"{self._images:,}",

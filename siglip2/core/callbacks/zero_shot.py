@@ -40,7 +40,9 @@ def read_classes(path: str, languages: Sequence[str] | None = None) -> dict[str,
     common = set.intersection(*(set(n) for n in names))
     wanted = sorted(common) if languages is None else list(languages)
     if lacking := [x for x in wanted if x not in common]:
-        raise ValueError(f"{path} has no name for some class in {', '.join(lacking)}; every class has {', '.join(sorted(common))}")
+        raise ValueError(
+            f"{path} has no name for some class in {', '.join(lacking)}; every class has {', '.join(sorted(common))}"
+        )
     return {language: [n[language] for n in names] for language in wanted}
 
 
@@ -51,7 +53,9 @@ def class_vectors(module: Any, names: Sequence[str], templates: Sequence[str], *
     """
     prompts = [template.format(name) for name in names for template in templates]
     ids = module.tokenizer.encode(prompts)
-    parts = [module.model.encode_text(part.to(module.device)).embedding for part in torch.as_tensor(ids).split(batch_size)]
+    parts = [
+        module.model.encode_text(part.to(module.device)).embedding for part in torch.as_tensor(ids).split(batch_size)
+    ]
     return unit_norm(torch.cat(parts).unflatten(0, (len(names), len(templates))).mean(1))
 
 
@@ -96,7 +100,7 @@ class ZeroShot(Evaluation):
         metrics = self._metrics[dataset, language]
         top1, top5 = metrics[1], metrics[max(metrics)]
         classes = self._vectors[dataset, language].shape[0]
-        seen = int((top1.tp + top1.fn).sum()) if top1.tp.ndim else int(top1.tp + top1.fn)
+        seen = int((torch.as_tensor(top1.tp) + torch.as_tensor(top1.fn)).sum())
         return ZeroShotRow(
             dataset=dataset,
             language=language,

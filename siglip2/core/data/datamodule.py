@@ -1,5 +1,6 @@
 """The Lightning datamodule: sources, tokenizer and views of a recipe, as loaders."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -9,11 +10,13 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from siglip2.core.batch import Batch
-from siglip2.core.data.loader import EvalBatches, FromIndex, Maker, TrainBatches, share
+from siglip2.core.checkpoint import read_checkpoint
+from siglip2.core.data.check import check_source
+from siglip2.core.data.loader import EvalBatches, FromIndex, Maker, ResumableLoader, TrainBatches, share
 from siglip2.core.data.order import Order
 from siglip2.core.data.predicting import PicturesToRank
 from siglip2.core.data.settings import PredictSet, RetrievalSet, TextOptions, TrainSet, ZeroShotSet
-from siglip2.core.data.source import Source, check_source, open_source
+from siglip2.core.data.source import Source, open_source
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.hooks import build_manager
 from siglip2.core.layout import Layout, Patchifier, Phase, phases
@@ -28,7 +31,7 @@ class SigLIP2Data(LightningDataModule):
 
     Args:
         plugins: the plugins of the recipe: they decide which views are made.
-        tokenizer: a tokenizer.json, a SentencePiece model, or a folder that holds one.
+        tokenizer: a tokenizer.json, a SentencePiece model, a folder that holds one, or a checkpoint to take it from.
         text: how captions become ids.
         train: what is trained on.
         zero_shot: labelled sets, by name, evaluated by the zero-shot callback.
@@ -54,7 +57,7 @@ class SigLIP2Data(LightningDataModule):
     ):
         super().__init__()
         self.recipe_plugins = plugins
-        self.tokenizer = Tokenizer.load(tokenizer, **asdict(text))
+        self.tokenizer = read_tokenizer(tokenizer, text)
         self.train, self.predict = train, predict
         self.zero_shot, self.retrieval = dict(zero_shot or {}), dict(retrieval or {})
         self.num_workers, self.eval_batch_size, self.seed = num_workers, eval_batch_size, seed
@@ -116,7 +119,8 @@ class SigLIP2Data(LightningDataModule):
         assert trainer is not None
         total = trainer.max_steps * trainer.accumulate_grad_batches
         batches = self.train_batches(max_batches=total, rank=trainer.global_rank, world_size=trainer.world_size)
-        return self._loader(batches, FromIndex(trainer.global_step * trainer.accumulate_grad_batches, total))
+        done = trainer.global_step * trainer.accumulate_grad_batches
+        return self._loader(batches, FromIndex(done, total))
 
     def rehearsal_batch(self, phase: Phase) -> Batch:
         """Returns two samples with the views of a phase."""
@@ -131,7 +135,8 @@ class SigLIP2Data(LightningDataModule):
         """Returns the views of an evaluation set: image and label, or image and a caption per language."""
         if isinstance(dataset, ZeroShotSet):
             return (IMAGE, LabelView())
-        return (IMAGE, *(TextView(caption_name(x), language=x) for x in dataset.languages or [None]))
+        languages: Sequence[str | None] = dataset.languages or [None]
+        return (IMAGE, *(TextView(caption_name(x), language=x) for x in languages))
 
     def eval_batches(self, name: str, *, rank: int = 0, world_size: int = 1) -> EvalBatches:
         """Returns the batches of the evaluation set called `name`, for one rank."""
@@ -162,7 +167,7 @@ class SigLIP2Data(LightningDataModule):
 
     def _loader(self, batches: Any, sampler: Any = None) -> DataLoader[Batch]:
         workers = self.num_workers if len(batches) > 1 else 0
-        return DataLoader(
+        return ResumableLoader(
             batches,
             batch_size=None,  # the dataset's items are whole batches
             sampler=sampler,
@@ -176,3 +181,10 @@ class SigLIP2Data(LightningDataModule):
 def caption_name(language: str | None) -> str:
     """Returns the name of the caption view of a language in evaluation, for example `caption:de`."""
     return "caption" if language is None else f"caption:{language}"
+
+
+def read_tokenizer(path: str, text: TextOptions) -> Tokenizer:
+    """Returns the tokenizer of a file or folder, or the one that a checkpoint (*.ckpt) carries with its contract."""
+    if path.endswith(".ckpt"):
+        return Tokenizer.from_state(read_checkpoint(path)["siglip2"]["text"])
+    return Tokenizer.load(path, **asdict(text))

@@ -54,6 +54,11 @@ def alternatives(spec: str, name: str = "field") -> tuple[str, ...]:
     return words
 
 
+def is_json(member: str) -> bool:
+    """Whether a member or column is JSON by its name: `json`, `meta.json`."""
+    return member.rsplit(".", 1)[-1] == "json"
+
+
 def resolve(spec: str, record: Mapping[str, Any], *, parsed: dict[str, Any] | None = None) -> Any:
     """The first alternative of `spec` that the record has, decoded; None if it has none of them.
 
@@ -150,6 +155,10 @@ class Fields:
         """Every field, the extra ones last."""
         return ["image", "caption", "label", "regions", *self.extra]
 
+    def words(self) -> frozenset[str]:
+        """Every alternative of every field: apart from JSON, no other extension or column is ever asked for."""
+        return frozenset(word for name in self.names() for word in alternatives(self.spec(name)))
+
     def spec(self, name: str) -> str:
         """The spec of one field.
 
@@ -171,12 +180,14 @@ class Sample:
         where: the shard, table or folder it came from.
         record: extension or column -> stored value.
         fields: what the record's entries mean.
+        unread: names of what else is stored for it, left out of `record` because no field can be in it.
     """
 
     key: str
     where: str
     record: dict[str, Any] = field(repr=False)
     fields: Fields = field(default_factory=Fields)
+    unread: tuple[str, ...] = ()
     _parsed: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _image: "Tensor | None" = field(default=None, init=False, repr=False, compare=False)
 
@@ -236,9 +247,9 @@ class Sample:
         return found
 
     def available(self) -> list[str]:
-        """What the record has, keys inside JSON written as a spec would: `jpg`, `json.caption`."""
-        names = list(self.record)
-        for member in [name for name in names if name.rsplit(".", 1)[-1] == "json"]:
+        """What is stored for the sample, keys inside JSON written as a spec would: `jpg`, `json.caption`."""
+        names = [*self.record, *self.unread]
+        for member in filter(is_json, self.record):
             try:
                 value = _decode(member, self.record, self._parsed)
             except ValueError:

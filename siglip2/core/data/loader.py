@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from siglip2.core.batch import Batch, Fault, collate
 from siglip2.core.data.fields import BadSample
@@ -38,7 +38,9 @@ class Maker:
     seed: int
     languages: Mapping[str, float] | None = None
 
-    def row(self, sample_index: int, *, position: int, views: Sequence[View], layout: Layout) -> tuple[str, dict[str, Any]]:
+    def row(
+        self, sample_index: int, *, position: int, views: Sequence[View], layout: Layout
+    ) -> tuple[str, dict[str, Any]]:
         """Returns the key and the views of one sample; raises BadSample."""
         sample = self.source.read(sample_index)
         return sample.key, {view.name: view(sample, self._context(view, position, layout)) for view in views}
@@ -88,7 +90,8 @@ class TrainBatches(Dataset[Batch]):
         first = self._start(index) + self.rank * size
         views = self.views_at(index / self.max_batches)
         _, samples = self.order.many(first, size)
-        rows, faults = [], []
+        faults: list[Fault] = []
+        rows = []
         for position, sample in enumerate(samples.tolist(), start=first):
             rows.append(self._good_row(sample, position, views, layout, faults))
         keys = tuple(key for key, _ in rows)
@@ -150,7 +153,8 @@ class EvalBatches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         first = (index * self.world_size + self.rank) * self.batch_size
         layout = Layout(self.maker.patchifier.layout(0).seq_len, self.batch_size)
-        rows, faults, real = [], [], []
+        faults: list[Fault] = []
+        rows, real = [], []
         for position in range(first, first + self.batch_size):
             row, good = self._row(position, layout, faults)
             rows.append(row)
@@ -167,6 +171,17 @@ class EvalBatches(Dataset[Batch]):
             except BadSample as bad:
                 faults.append(Fault(bad.where, bad.key, bad.reason))
         raise RuntimeError(f"no sample of {self.maker.source.name} can be used; the last: {faults[-1]}")
+
+
+class ResumableLoader(DataLoader[Batch]):
+    """A loader whose place is the trainer's step count: there is nothing of its own to save."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing: `FromIndex` starts where the restored trainer stands."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes nothing; it is here so that Lightning knows that resuming inside an epoch is exact."""
 
 
 class FromIndex(Sampler[int]):
@@ -191,7 +206,7 @@ def share(layout: Layout, world_size: int) -> int:
     if layout.batch_size % world_size:
         lower = layout.batch_size // world_size * world_size
         raise ValueError(
-            f"the global batch of {layout.batch_size} does not divide over {world_size} processes: set the patchifier's "
-            f"batch_size to {lower or world_size} or {lower + world_size}"
+            f"the global batch of {layout.batch_size} does not divide over {world_size} processes: set the "
+            f"patchifier's batch_size to {lower or world_size} or {lower + world_size}"
         )
     return layout.batch_size // world_size

@@ -14,208 +14,22 @@ import hashlib
 import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from tokenizers import Regex, normalizers, processors
 from tokenizers import Tokenizer as JsonTokenizer
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
+from siglip2.core.data.text_contract import KNOWN_CONTRACTS, TextContract, canonicalize_text
+from siglip2.core.data.vocabulary import Vocabulary, find_tokenizer_file, read_vocabulary
+
+__all__ = ["KNOWN_CONTRACTS", "TextContract", "Tokenizer", "canonicalize_text", "find_tokenizer_file"]
 
 PAD_NAMES = ("<pad>", "[PAD]")
 EOS_NAMES = ("<eos>", "</s>", "<|endoftext|>", "[SEP]")
 BOS_NAMES = ("<bos>", "<s>", "<|startoftext|>", "[CLS]")
-FILE_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.model")
-
-# How three libraries clean the text given to the same weights. big_vision's `lower` is tf.strings.lower
-# without an encoding, which touches A-Z only (tensorflow, core/kernels/string_lower_op.cc); transformers'
-# Siglip2Tokenizer lowercases all scripts; open_clip's siglip2 configs say `clean: canonicalize`.
-KNOWN_CONTRACTS: dict[str, dict[str, bool]] = {
-    "big_vision": {"lowercase": True, "lowercase_ascii_only": True, "canonicalize": False},
-    "hf": {"lowercase": True, "lowercase_ascii_only": False, "canonicalize": False},
-    "open_clip": {"lowercase": True, "lowercase_ascii_only": False, "canonicalize": True},
-}
-
-_DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_LOWER_ASCII = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
-
-
-def canonicalize_text(text: str) -> str:
-    """The text in lowercase, without ASCII punctuation, underscores and runs of whitespace as one space.
-
-    Source: big_vision `evaluators/proj/image_text/prompt_engineering.py`; open_clip
-    `tokenizer.canonicalize_text`. open_clip repairs mojibake (ftfy) and HTML entities before this; here that
-    is the business of data preparation.
-    """
-    return " ".join(text.replace("_", " ").translate(_DROP_PUNCTUATION).lower().split())
-
-
-@dataclass(frozen=True)
-class TextContract:
-    """Everything besides the vocabulary that decides which ids a caption becomes.
-
-    EOS is sticky: a caption that is too long keeps its first ids and still ends in EOS.
-
-    Args:
-        length: ids per caption; every caption is padded or cut to exactly this many.
-        lowercase: lowercase the caption first, all scripts, by `str.lower`.
-        lowercase_ascii_only: lowercase only A to Z, as the preprocessing of big_vision does.
-        canonicalize: also strip ASCII punctuation and turn underscores into spaces, as open_clip does.
-        padding_side: only "right"; the text tower pools the last position and was trained that way.
-        pad_id: id that fills up short captions.
-        eos_id: id that ends every caption.
-        bos: begin every caption with `bos_id`; the published weights do not.
-        bos_id: id of the beginning of a caption, None if the vocabulary has none.
-        vocab_size: rows the token embedding needs.
-
-    Raises:
-        ValueError: if the length leaves no room, an id is outside of the vocabulary, padding is not on the
-            right, or `bos` is asked for without a `bos_id`.
-    """
-
-    length: int = 64
-    lowercase: bool = True
-    lowercase_ascii_only: bool = False
-    canonicalize: bool = False
-    padding_side: str = "right"
-    pad_id: int = 0
-    eos_id: int = 1
-    bos: bool = False
-    bos_id: int | None = None
-    vocab_size: int = 256_000
-
-    def __post_init__(self) -> None:
-        if self.length < 2 + self.bos:
-            raise ValueError(
-                f"text length {self.length} has no room for a caption and its EOS; SigLIP 2 uses 64"
-            )
-        if self.padding_side != "right":
-            raise ValueError(
-                f"padding_side {self.padding_side!r}: the text tower is trained with padding on the 'right'"
-            )
-        if self.bos and self.bos_id is None:
-            raise ValueError(
-                "bos=True, but the vocabulary has no BOS; give its id as bos_id or leave bos=False"
-            )
-        for name in ("pad_id", "eos_id", "bos_id"):
-            id_ = getattr(self, name)
-            if id_ is not None and not 0 <= id_ < self.vocab_size:
-                raise ValueError(f"{name} {id_} is outside of the vocabulary of {self.vocab_size} ids")
-
-    def clean(self, text: str) -> str:
-        """Returns the caption as the vocabulary will see it."""
-        # A lone surrogate (half an emoji cut off in a JSON string) has no UTF-8 form and would stop the run.
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        if self.canonicalize:
-            return canonicalize_text(text)
-        if self.lowercase:
-            return text.translate(_LOWER_ASCII) if self.lowercase_ascii_only else text.lower()
-        return text
-
-    def fit(self, ids: Sequence[int]) -> list[int]:
-        """Returns `length` ids: BOS if asked for, as many of `ids` as fit, EOS, padding."""
-        head = [self.bos_id] if self.bos and self.bos_id is not None else []
-        kept = [*head, *ids[: self.length - 1 - len(head)], self.eos_id]
-        return kept + [self.pad_id] * (self.length - len(kept))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain values, for a checkpoint or a model card."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TextContract:
-        """Rebuilds a contract from `to_dict`; fields younger than the file take their defaults.
-
-        Raises:
-            ValueError: if a field is unknown, for it may change the ids.
-        """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"text contract has unknown fields {unknown}, expected {sorted(known)}; update siglip2"
-            )
-        return cls(**values)
-
-    def differences(self, other: TextContract) -> list[str]:
-        """Returns one line for each field in which two contracts differ: `length: 64 here, 32 there`."""
-        here, there = self.to_dict(), other.to_dict()
-        return [
-            f"{name}: {here[name]!r} here, {there[name]!r} there"
-            for name in here
-            if here[name] != there[name]
-        ]
-
-
-class _Vocabulary(Protocol):
-    """What a tokenizer file does when it is asked for nothing but pieces."""
-
-    size: int
-    lowercases: bool
-
-    def find(self, names: Iterable[str]) -> int | None: ...
-
-    def ids(self, text: str) -> list[int]: ...
-
-    def text(self, ids: list[int]) -> str: ...
-
-
-class _JsonVocabulary:
-    """A Hugging Face `tokenizer.json`, without its own padding, truncation and special tokens."""
-
-    def __init__(self, file: str) -> None:
-        self.backend = JsonTokenizer.from_str(file)
-        self.backend.no_padding()
-        self.backend.no_truncation()
-        # Otherwise a caption that spells "<eos>" or "<pad>" would end early or hide text from the caption
-        # losses. SentencePiece, with which the published weights were trained, never reads control symbols
-        # from text.
-        self.backend.encode_special_tokens = True
-        normalizer = self.backend.normalizer
-        self.lowercases = normalizer is not None and b'"Lowercase"' in normalizer.__getstate__()
-        self.size = 1 + max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
-
-    def find(self, names: Iterable[str]) -> int | None:
-        ids = (self.backend.token_to_id(name) for name in names)
-        return next((id_ for id_ in ids if id_ is not None), None)
-
-    def ids(self, text: str) -> list[int]:
-        # One by one: encode_batch starts a thread pool, which does not survive the fork of loader workers.
-        return self.backend.encode(text, add_special_tokens=False).ids
-
-    def text(self, ids: list[int]) -> str:
-        return self.backend.decode(ids, skip_special_tokens=True)
-
-
-class _SentencePieceVocabulary:
-    """A SentencePiece `.model`, e.g. Gemma's `tokenizer.model`."""
-
-    def __init__(self, file: bytes) -> None:
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError as error:
-            raise ImportError(
-                "this tokenizer is a SentencePiece model and the package 'sentencepiece' is not installed; "
-                "`pip install sentencepiece`, or use the tokenizer.json of the same model"
-            ) from error
-        self.backend: SentencePieceProcessor = SentencePieceProcessor(model_proto=file)
-        self.size = self.backend.get_piece_size()
-        self.lowercases = False
-
-    def find(self, names: Iterable[str]) -> int | None:
-        unknown = self.backend.unk_id()
-        ids = (self.backend.piece_to_id(name) for name in names)
-        return next((id_ for id_ in ids if id_ != unknown), None)
-
-    def ids(self, text: str) -> list[int]:
-        return self.backend.encode(text, out_type=int, add_bos=False, add_eos=False)
-
-    def text(self, ids: list[int]) -> str:
-        return self.backend.decode(ids)
 
 
 class Tokenizer:
@@ -235,7 +49,7 @@ class Tokenizer:
     def __init__(self, file: str | bytes, contract: TextContract) -> None:
         self.file = file
         self.contract = contract
-        self._vocabulary = _read_vocabulary(file)
+        self._vocabulary = read_vocabulary(file)
         if self._vocabulary.size > contract.vocab_size:
             raise ValueError(
                 f"the tokenizer file has {self._vocabulary.size} ids, the text contract "
@@ -285,7 +99,7 @@ class Tokenizer:
         raw = path.read_bytes()
         try:
             file = raw.decode("utf-8") if raw.lstrip()[:1] == b"{" else raw
-            vocabulary = _read_vocabulary(file)
+            vocabulary = read_vocabulary(file)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         contract = TextContract(
@@ -321,9 +135,7 @@ class Tokenizer:
             TypeError: if `texts` is a single string.
         """
         if isinstance(texts, str):
-            raise TypeError(
-                "encode() got one string, expected a list of captions; call tokenizer(text) for one"
-            )
+            raise TypeError("encode() got one string, expected a list of captions; call tokenizer(text) for one")
         rows = [self.contract.fit(self.ids(text)) for text in texts]
         return torch.tensor(rows, dtype=torch.int32).reshape(len(rows), self.contract.length)
 
@@ -371,9 +183,7 @@ class Tokenizer:
             ValueError: if the vocabulary is a SentencePiece model.
         """
         if isinstance(self.file, bytes):
-            raise ValueError(  # noqa: TRY004 - the user's file is of the other kind
-                "a SentencePiece model has no tokenizer.json; load the tokenizer.json of the same model"
-            )
+            raise ValueError("a SentencePiece model has no tokenizer.json; load the tokenizer.json of the same model")
         backend, contract = JsonTokenizer.from_str(self.file), self.contract
         steps = _cleaning_steps(contract) + ([backend.normalizer] if backend.normalizer else [])
         backend.normalizer = normalizers.Sequence(steps)
@@ -384,49 +194,11 @@ class Tokenizer:
             single, special_tokens = [bos, *single], [(bos, contract.bos_id), *special_tokens]
         backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special_tokens)
         backend.enable_truncation(contract.length)
-        backend.enable_padding(
-            direction="right", length=contract.length, pad_id=contract.pad_id, pad_token=pad
-        )
+        backend.enable_padding(direction="right", length=contract.length, pad_id=contract.pad_id, pad_token=pad)
         return backend.to_str(pretty=False)
 
 
-def find_tokenizer_file(path: str | Path) -> Path:
-    """Returns the tokenizer file itself, given that file or a folder that holds one.
-
-    Raises:
-        FileNotFoundError: if there is none; the message says what was looked for and how to get one.
-    """
-    path = Path(path).expanduser()
-    candidates = [path / name for name in FILE_NAMES] if path.is_dir() else [path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    wanted = (
-        f"none of {', '.join(FILE_NAMES)} in the folder {path}" if path.is_dir() else f"no such file: {path}"
-    )
-    raise FileNotFoundError(
-        f"no tokenizer found ({wanted}). Train one with `siglip2 tokenizer train --out tokenizer.json "
-        "SHARDS`, or download Gemma's tokenizer.json, the vocabulary of the published SigLIP 2 weights"
-    )
-
-
-def _read_vocabulary(file: str | bytes) -> _Vocabulary:
-    try:
-        if not file:  # sentencepiece takes no bytes for a model without pieces
-            raise ValueError("the file is empty")
-        return _JsonVocabulary(file) if isinstance(file, str) else _SentencePieceVocabulary(file)
-    except ImportError:
-        raise
-    except Exception as error:
-        # Both libraries raise bare Exception or RuntimeError on a file they cannot read.
-        raise ValueError(
-            f"neither a Hugging Face tokenizer.json nor a SentencePiece model ({error})"
-        ) from error
-
-
-def _required_id(
-    vocabulary: _Vocabulary, names: Sequence[str], *, given: int | None, option: str, path: Path
-) -> int:
+def _required_id(vocabulary: Vocabulary, names: Sequence[str], *, given: int | None, option: str, path: Path) -> int:
     found = vocabulary.find(names) if given is None else given
     if found is None:
         raise ValueError(f"{path} has none of {', '.join(names)}; give the id to use as {option}=...")

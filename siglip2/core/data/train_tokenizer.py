@@ -102,9 +102,7 @@ def _untrained(*, lowercase: bool, byte_fallback: bool) -> Tokenizer:
     # No word-start prefix, as in Gemma: the first word of a caption is "dog", later ones are "▁dog".
     words = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Digits(individual_digits=True)])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 
@@ -144,7 +142,5 @@ def _gemma_shaped(tokenizer: Tokenizer) -> str:
     as that byte, and decoding without special tokens would drop every byte.
     """
     content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = [
-        token for token in content["added_tokens"] if token["content"] in SPECIAL_TOKENS
-    ]
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in SPECIAL_TOKENS]
     return json.dumps(content, ensure_ascii=False, indent=1) + "\n"

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any, cast
 
 import torch
 from timm.layers import AttentionPoolLatent, GELUTanh
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from siglip2.core.model.sizes import Shape
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # flax's default, in every published SigLIP
+# flax's epsilon, in every published SigLIP. Any: timm asks for a class where it takes what makes a module
+LayerNorm: Any = partial(nn.LayerNorm, eps=1e-6)
 
 
 def _mlp_ratio(shape: Shape) -> float:
@@ -25,7 +27,7 @@ def make_blocks(shape: Shape) -> nn.ModuleList:
         Block, shape.width, shape.num_heads, _mlp_ratio(shape), qkv_bias=True, act_layer=GELUTanh, norm_layer=LayerNorm
     )
     blocks = nn.ModuleList(make() for _ in range(shape.depth))
-    for block in blocks:
+    for block in cast(Any, blocks):  # timm's attributes have no useful types
         xavier_split_(block.attn.qkv, parts=3)
         xavier_split_(block.attn.proj, parts=1)
         init_mlp_(block.mlp)
@@ -46,7 +48,7 @@ def make_pool(shape: Shape) -> AttentionPoolLatent:
     )
     bound = math.sqrt(6 / (1 + shape.width))  # Xavier uniform with fan_in 1, fan_out width
     nn.init.uniform_(pool.latent, -bound, bound)
-    xavier_split_(pool.q, parts=1)
+    xavier_split_(cast(nn.Linear, pool.q), parts=1)  # Identity only for q_proj=False
     xavier_split_(pool.kv, parts=2)
     xavier_split_(pool.proj, parts=1)
     init_mlp_(pool.mlp)
@@ -62,7 +64,7 @@ def xavier_split_(linear: nn.Linear, *, parts: int) -> None:
 
 def init_mlp_(mlp: nn.Module) -> None:
     """Initialises the two layers of a timm Mlp: Xavier uniform weights, biases N(0, 1e-6)."""
-    for linear in (mlp.fc1, mlp.fc2):
+    for linear in cast(tuple[nn.Linear, ...], (mlp.fc1, mlp.fc2)):
         nn.init.xavier_uniform_(linear.weight)
         nn.init.normal_(linear.bias, std=1e-6)
 
@@ -82,3 +84,11 @@ def normal_table(*shape: int) -> nn.Parameter:
 def key_mask(valid_BN: Tensor | None) -> Tensor | None:
     """Returns the attention mask [B, 1, 1, N] bool that hides padded keys; None if nothing is padded."""
     return None if valid_BN is None else valid_BN[:, None, None, :]
+
+
+def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Returns a bool attention mask as 0 where it allows and -inf where it hides; None stays None."""
+    if mask is None:
+        return None
+    # without the fused kernel timm's AttentionPoolLatent adds its mask as it is: a bool would add 1 and hide nothing
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))

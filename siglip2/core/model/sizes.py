@@ -51,7 +51,7 @@ class Size:
 
 
 _TINY = Shape(width=64, depth=2, mlp_dim=128, num_heads=2)
-_MINI = Shape(width=192, depth=4, mlp_dim=768, num_heads=3)
+_MINI = Shape(width=128, depth=4, mlp_dim=512, num_heads=4)
 _B = Shape(width=768, depth=12, mlp_dim=3072, num_heads=12)
 _L = Shape(width=1024, depth=24, mlp_dim=4096, num_heads=16)
 _SO400M = Shape(width=1152, depth=27, mlp_dim=4304, num_heads=16)

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from timm.layers import Attention, AttentionPoolLatent
 from torch import Tensor, nn
 
 from siglip2.core.batch import Patches
@@ -101,6 +102,7 @@ def build_two_towers(
     timm_name: str | None = None,
     logit_scale: float = math.log(10),
     logit_bias: float = -10.0,
+    fused_attention: bool = True,
 ) -> TwoTowers:
     """Builds freshly initialised towers of a named size.
 
@@ -115,6 +117,7 @@ def build_two_towers(
         timm_name: a timm ViT to use as the vision tower instead.
         logit_scale: initial log temperature factor.
         logit_bias: initial logit bias.
+        fused_attention: attention through torch's fused kernel; false multiplies the matrices out.
 
     Raises:
         ValueError: if the size is unknown, or its patch size is not the patchifier's.
@@ -133,4 +136,8 @@ def build_two_towers(
     text_tower = TextTower(
         text.applied_to(named.text), vocab_size=vocab_size, context_length=context_length, embed_dim=tower.width
     )
-    return TwoTowers(tower, text_tower, logit_scale=logit_scale, logit_bias=logit_bias)
+    towers = TwoTowers(tower, text_tower, logit_scale=logit_scale, logit_bias=logit_bias)
+    for module in towers.modules():
+        if isinstance(module, Attention | AttentionPoolLatent):
+            module.fused_attn = fused_attention  # type: ignore[misc]  # Final in timm for TorchScript only
+    return towers

@@ -2,14 +2,24 @@
 
 # B batch, N patches, P patch values, D width
 
-from typing import NamedTuple
+import difflib
+from typing import Any, NamedTuple, cast
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from siglip2.core.batch import Patches
 from siglip2.core.functional import resample_grid, unpatchify
-from siglip2.core.model.blocks import LayerNorm, key_mask, lecun_normal_, make_blocks, make_pool, normal_table
+from siglip2.core.model.blocks import (
+    LayerNorm,
+    additive_mask,
+    key_mask,
+    lecun_normal_,
+    make_blocks,
+    make_pool,
+    normal_table,
+)
 from siglip2.core.model.sizes import Shape
 
 
@@ -53,7 +63,7 @@ class VisionTower(nn.Module):
         for block in self.blocks:
             x = block(x, attn_mask=mask)
         x = self.norm(x)
-        return VisionOutput(x, self.pool(x, attn_mask=mask))
+        return VisionOutput(x, self.pool(x, attn_mask=additive_mask(mask, x.dtype)))
 
     def _positions(self, images: Patches) -> Tensor:
         rows, columns, _ = self.pos_embed.shape
@@ -74,25 +84,41 @@ class TimmVisionTower(nn.Module):
         patch_size: side of a patch in pixels.
 
     Raises:
-        ValueError: if timm has no such model, or it does not give tokens [B, N, D].
+        ValueError: if timm has no such model, or it does not give one token [D] per patch.
     """
 
     def __init__(self, name: str, *, patch_size: int, grid: tuple[int, int]):
         super().__init__()
         if not timm.is_model(name):
-            near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-            raise ValueError(f"timm has no model called '{name}'. Some near names: {near}. See timm.list_models('*vit*').")
+            close = difflib.get_close_matches(name, timm.list_models("vit_*"), n=1, cutoff=0.5)
+            hint = f", did you mean '{close[0]}'?" if close else "."
+            raise ValueError(f"timm has no model called '{name}'{hint} See timm.list_models('*vit*').")
         size = (grid[0] * patch_size, grid[1] * patch_size)
         try:
-            self.trunk = timm.create_model(name, pretrained=False, num_classes=0, img_size=size)
+            trunk = timm.create_model(name, pretrained=False, num_classes=0, img_size=size)
         except TypeError as error:
             raise ValueError(f"timm's '{name}' takes no img_size, so it is not a ViT: choose a vit_* model") from error
-        self.width, self.patch_size = self.trunk.num_features, patch_size
+        self.trunk = cast(Any, trunk)  # what timm's vision transformers have in common has no type of its own
+        self.width, self.patch_size = int(self.trunk.num_features), patch_size
+        self._check_tokens(name, grid, size)
+
+    @torch.no_grad()
+    def _check_tokens(self, name: str, grid: tuple[int, int], size: tuple[int, int]) -> None:
+        self.trunk.eval()  # neither dropout nor running statistics
+        found = tuple(self.trunk.forward_features(torch.zeros(1, 3, *size)).shape[1:])
+        self.trunk.train()
+        prefix = getattr(self.trunk, "num_prefix_tokens", 0)
+        expected = (grid[0] * grid[1] + prefix, self.width)
+        if found != expected:
+            raise ValueError(
+                f"timm's '{name}' makes tokens of shape {found} from {size[0]} x {size[1]} px, expected {expected}: "
+                f"one per patch of {self.patch_size} px. Choose a vit_* model with that patch size, or set patch_size."
+            )
 
     def forward(self, images: Patches) -> VisionOutput:
         """Encodes uint8 patches [B, N, P] of one full grid."""
         if images.grid is None:
-            raise ValueError("a timm vision tower needs whole images: use the `fixed` patchifier or leave out `model.timm`")
+            raise ValueError("a timm vision tower needs whole images: use the `fixed` patchifier or drop `model.timm`")
         pixels = to_unit_range(unpatchify(images.patches, images.grid))  # [B, N, P] -> [B, 3, H, W]
         tokens = self.trunk.forward_features(pixels)
         prefix = getattr(self.trunk, "num_prefix_tokens", 0)

@@ -80,9 +80,7 @@ def lost_marks(axes: Axes, data: Series) -> Html:
     """Short strokes on the step axis where the value was not finite."""
     chosen, _ = thinned(data.lost, data.lost)
     positions = axes.x(chosen[:: math.ceil(len(chosen) / MAX_LOST_MARKS) or 1])
-    return join(
-        el("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=BOTTOM - 7, y2=BOTTOM, cls="lost") for x in positions
-    )
+    return join(el("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=BOTTOM - 7, y2=BOTTOM, cls="lost") for x in positions)
 
 
 def drawing(data: Series, title: str) -> Html:
@@ -127,9 +125,7 @@ def panel(curve: Curve, title: str) -> Html:
     summary = f"{curve.name}: from {number(float(data.values[0]))} to {last}{unit}"
     told = f"{count(len(data.lost), 'value')} not finite{', the last one too' if data.broken else ''}"
     lost = [el("p", told, cls="lost-note")] if len(data.lost) else []
-    return el(
-        "figure", el("figcaption", name, reading), drawing(data, summary), *lost, cls="panel", data_unit=unit
-    )
+    return el("figure", el("figcaption", name, reading), drawing(data, summary), *lost, cls="panel", data_unit=unit)
 
 
 def bar(share: float, *, behind: float = math.nan, chance: float = math.nan) -> Html:

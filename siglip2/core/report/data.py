@@ -158,9 +158,7 @@ class Heatmap:
         _check_picture(self.image, f"heatmap {self.text!r}")
         if self.similarity.ndim != 2 or 0 in self.similarity.shape:
             shape = list(self.similarity.shape)
-            raise ValueError(
-                f"heatmap {self.text!r}: similarity must be [rows, columns], found shape {shape}"
-            )
+            raise ValueError(f"heatmap {self.text!r}: similarity must be [rows, columns], found shape {shape}")
 
 
 @dataclass(eq=False)

@@ -17,9 +17,7 @@ def headline(report: RunReport) -> Html:
 
 def card(label: str, value: str, note: str, *extra: str) -> Html:
     """One key figure."""
-    return el(
-        "div", el("p", label, cls="label"), el("p", value, cls="value"), *extra, el("p", note, cls="note")
-    )
+    return el("div", el("p", label, cls="label"), el("p", value, cls="value"), *extra, el("p", note, cls="note"))
 
 
 def is_english(row: ZeroShotRow | RetrievalRow) -> bool:

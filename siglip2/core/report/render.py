@@ -28,9 +28,7 @@ def curves(report: RunReport) -> Section | None:
         cut = heading != "Optimisation and throughput"
         panels = [panel(curve, curve.name.partition("/")[2] if cut else curve.name) for curve in members]
         parts += [el("h3", heading), el("div", *panels, cls="panels")]
-    lead = (
-        "Pale: every logged value. Strong: centred average. The number is the last value of the strong line."
-    )
+    lead = "Pale: every logged value. Strong: centred average. The number is the last value of the strong line."
     return Section("curves", "Training curves", lead, join(parts)) if parts else None
 
 

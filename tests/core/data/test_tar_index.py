@@ -14,15 +14,9 @@ import numpy as np
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from siglip2.core.data import tar_index
-from siglip2.core.data.tar_index import (
-    TarIndex,
-    expand_shards,
-    index_shards,
-    index_tar,
-    load_index,
-    sidecar_path,
-)
+from siglip2.core.data import storage, tar_headers, tar_index
+from siglip2.core.data.index_shards import index_shards
+from siglip2.core.data.tar_index import TarIndex, index_tar, load_index, sidecar_path
 
 
 def write_tar(path, files, format=tarfile.PAX_FORMAT):
@@ -179,7 +173,7 @@ def test_long_names_do_not_overflow_the_head(tmp_path):
 
 
 def test_joined_tars_are_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_index, "TRAILING_BYTES", 9000)
+    monkeypatch.setattr(tar_headers, "TRAILING_BYTES", 9000)
     path = write_tar(tmp_path / "a.tar", pairs(3))
     Path(path).write_bytes(Path(path).read_bytes() * 2)
     index = index_tar(path)
@@ -221,16 +215,16 @@ def test_damaged_index_is_made_anew(tmp_path, caplog):
 
 def test_read_only_folder_is_fine(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a.tar", pairs(3))
-    monkeypatch.setattr(tar_index.tempfile, "mkstemp", lambda **_: (_ for _ in ()).throw(PermissionError("read-only")))
+    monkeypatch.setattr(storage.tempfile, "mkstemp", lambda **_: (_ for _ in ()).throw(PermissionError("read-only")))
     assert len(load_index(path)) == 3
     assert os.listdir(tmp_path) == ["a.tar"]
 
 
-def test_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_index.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        tar_index.write_file(str(tmp_path / "x"), b"1")
-    assert os.listdir(tmp_path) == []
+def test_fingerprint_is_of_the_first_and_last_header(tmp_path):
+    path = write_tar(tmp_path / "a.tar", pairs(2), tarfile.USTAR_FORMAT)
+    stored = Path(path).read_bytes()
+    last = 2560 + 512 + 1024
+    assert index_tar(path).head.fingerprint == zlib.crc32(stored[:512] + stored[last : last + 512])
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -265,50 +259,3 @@ def test_index_shards_writes_beside_remote_shards(tmp_path):
         assert content(path, TarIndex.from_bytes(memory.cat("/index-remote/00000.tar.index"))) == content(path)
     finally:
         memory.rm("/index-remote", recursive=True)
-
-
-def test_shard_specs_expand(tmp_path):
-    for name in ("00000.tar", "00001.tar", "00002.tar", "00000.parquet", "00000_stats.json"):
-        (tmp_path / name).touch()
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "x.tar").touch()
-    a, b, c, x = (f"{tmp_path}/{name}" for name in ("00000.tar", "00001.tar", "00002.tar", "more/x.tar"))
-    assert expand_shards(f"{tmp_path}/{{00000..00002}}.tar") == [a, b, c]
-    assert expand_shards(f"{tmp_path}/0000[01].tar") == [a, b]
-    assert expand_shards(f"{tmp_path}/") == [a, b, c]
-    assert expand_shards(f"file://{tmp_path}/00001.tar") == [b]
-    assert expand_shards(f"{x}::{tmp_path}/*.tar") == [x, a, b, c]
-    assert expand_shards([x, f"{a}::{a}"]) == [x, a, a]
-    assert expand_shards(f"{tmp_path}/{{more/*,00002}}.tar") == [x, c]
-    assert expand_shards("s3://bucket/{0..1}.tar") == ["s3://bucket/0.tar", "s3://bucket/1.tar"]
-
-
-@pytest.mark.parametrize(
-    ("spec", "error", "message"),
-    [
-        ("", ValueError, "no shards given; expected a path such as"),
-        ([], ValueError, "no shards given"),
-        (
-            "{tmp}/{00000..00003}.tar",
-            FileNotFoundError,
-            r"00001.tar \(and 2 more of 4 shards\); .* holds 00000.tar, sub",
-        ),
-        ("{tmp}/none/*.tar", FileNotFoundError, "nothing matches .*/none/.*; .* holds 00000.tar, sub"),
-        ("{tmp}/sub", FileNotFoundError, r"nothing matches .*/sub/\*.tar; .*/sub holds nothing"),
-        ("{tmp}/{0..1.tar", ValueError, "a brace is not closed"),
-        ("pipe:cat x.tar", ValueError, "samples are read at random, a pipe is not; name the URL"),
-        ("memory://nowhere/*.tar", FileNotFoundError, "check the bucket"),
-    ],
-)
-def test_wrong_shard_spec_says_what_lies_near(tmp_path, spec, error, message):
-    (tmp_path / "00000.tar").touch()
-    (tmp_path / "sub").mkdir()
-    with pytest.raises(error, match=message):
-        expand_shards(spec.replace("{tmp}", str(tmp_path)) if spec else spec)
-
-
-def test_fingerprint_is_of_the_first_and_last_header(tmp_path):
-    path = write_tar(tmp_path / "a.tar", pairs(2), tarfile.USTAR_FORMAT)
-    stored = Path(path).read_bytes()
-    last = 2560 + 512 + 1024
-    assert index_tar(path).head.fingerprint == zlib.crc32(stored[:512] + stored[last : last + 512])

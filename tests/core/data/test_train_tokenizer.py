@@ -22,9 +22,7 @@ CORPUS = [
 
 
 def trained(folder: Path, texts=CORPUS, **options) -> Tokenizer:
-    return Tokenizer.load(
-        train_tokenizer(texts, out=folder / "tokenizer.json", **{"vocab_size": 400, **options})
-    )
+    return Tokenizer.load(train_tokenizer(texts, out=folder / "tokenizer.json", **{"vocab_size": 400, **options}))
 
 
 def test_special_ids_are_gemmas(tmp_path):
@@ -47,7 +45,8 @@ def test_text_never_seen_is_encoded_without_unknowns_and_decoded_whole(tmp_path,
 
 def test_without_byte_fallback_unseen_characters_are_unknown(tmp_path):
     tokenizer = trained(tmp_path, byte_fallback=False, vocab_size=100)
-    assert 3 in tokenizer.ids("🐶") and 3 not in tokenizer.ids("dog")
+    assert 3 in tokenizer.ids("🐶")
+    assert 3 not in tokenizer.ids("dog")
 
 
 def test_digits_are_single_tokens_even_if_numbers_repeat(tmp_path):
@@ -78,10 +77,9 @@ def test_order_of_captions_does_not_change_the_bytes(tmp_path):
 
 
 def test_a_generator_is_enough_and_folders_are_made(tmp_path):
-    out = train_tokenizer(
-        (text for text in CORPUS), vocab_size=310, out=tmp_path / "new" / "folder" / "t.json"
-    )
-    assert out.is_file() and Tokenizer.load(out).vocab_size == 310
+    out = train_tokenizer((text for text in CORPUS), vocab_size=310, out=tmp_path / "new" / "folder" / "t.json")
+    assert out.is_file()
+    assert Tokenizer.load(out).vocab_size == 310
 
 
 def test_many_rare_characters_leave_half_of_the_room_to_merges(tmp_path):
@@ -90,13 +88,15 @@ def test_many_rare_characters_leave_half_of_the_room_to_merges(tmp_path):
         *["dog on the beach with many words going around some lovely place"] * 50,
     ]
     model = json.loads(trained(tmp_path, texts, vocab_size=311).file)["model"]
-    assert len(model["vocab"]) == 311 and len(model["merges"]) >= 20
+    assert len(model["vocab"]) == 311
+    assert len(model["merges"]) >= 20
 
 
 def test_cased_training_keeps_capital_letters_apart(tmp_path):
     path = train_tokenizer(CORPUS, vocab_size=400, out=tmp_path / "t.json", lowercase=False)
     tokenizer = Tokenizer.load(path, lowercase=False)
-    assert tokenizer.ids("A") != tokenizer.ids("a") and tokenizer.decode(tokenizer.ids("A Dog")) == "A Dog"
+    assert tokenizer.ids("A") != tokenizer.ids("a")
+    assert tokenizer.decode(tokenizer.ids("A Dog")) == "A Dog"
 
 
 def test_small_corpus_logs_that_fewer_ids_came_out(tmp_path, caplog):

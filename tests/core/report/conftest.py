@@ -111,9 +111,7 @@ def full_report() -> RunReport:
     def right(rank: int) -> list[bool]:
         return [place == rank for place in range(len(scores))]
 
-    recalls = {
-        code: {1: 0.62 * top1, 5: 0.92 * top1, 10: min(1.0, 1.2 * top1)} for code, top1 in TOP1.items()
-    }
+    recalls = {code: {1: 0.62 * top1, 5: 0.92 * top1, 10: min(1.0, 1.2 * top1)} for code, top1 in TOP1.items()}
     return RunReport(
         title="SigLIP 2 B/16 on synthetic scenes",
         subtitle="All losses of the paper, 20,000 steps from scratch, captions in twelve languages.",

@@ -60,7 +60,8 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+        assert self.open[-1:] == [tag], f"</{tag}> closes nothing"
+        self.open.pop()
 
     def handle_data(self, data: str) -> None:
         if not {"style", "script"} & set(self.open):
@@ -78,9 +79,7 @@ def test_full_page_has_balanced_tags_and_every_section(full: str) -> None:
 
 
 def test_page_names_no_address(full: str) -> None:
-    assert not re.search(
-        r"(https?:)?//[a-z]", re.sub(r"base64,[A-Za-z0-9+/=]+", "", full.replace("\n// ", ""))
-    )
+    assert not re.search(r"(https?:)?//[a-z]", re.sub(r"base64,[A-Za-z0-9+/=]+", "", full.replace("\n// ", "")))
     assert not re.search(r"@import|url\(|<link|<iframe", full)
 
 
@@ -162,9 +161,7 @@ def test_loss_that_ends_in_nan_shows_no_figure() -> None:
 
 
 def test_mean_row_and_headline_average_the_languages() -> None:
-    rows = [
-        ZeroShotRow("set", code, 100, 10, top1, 1.0, 0.1) for code, top1 in [("de", 0.2), ("en-GB", 0.65)]
-    ]
+    rows = [ZeroShotRow("set", code, 100, 10, top1, 1.0, 0.1) for code, top1 in [("de", 0.2), ("en-GB", 0.65)]]
     text = Page(render(RunReport("t", zero_shot=rows))).text
     assert "Zero-shot top-1, English (GB)\n65.0%" in text
     assert "Zero-shot top-1, mean\n42.5%" in text

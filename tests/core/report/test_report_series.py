@@ -38,7 +38,8 @@ def test_envelope_keeps_the_only_spike() -> None:
     values = np.zeros(5000)
     values[1234] = 9.0
     steps, kept = envelope(np.arange(5000.0), values)
-    assert kept.max() == 9.0 and steps[kept.argmax()] == 1234
+    assert kept.max() == 9.0
+    assert steps[kept.argmax()] == 1234
     assert len(kept) <= 2 * BUCKETS
     assert (np.diff(steps) > 0).all()
 

@@ -1,0 +1,61 @@
+"""A look at the first samples of a source, before training relies on them."""
+
+from collections.abc import Sequence
+
+from siglip2.core.data.fields import BadSample, Sample
+from siglip2.core.data.source import Source
+
+
+def check_source(source: Source, fields_needed: Sequence[str] = ("image", "caption"), num: int = 2) -> None:
+    """Read the first samples of the first and last shard, so that a wrong field name fails now, not never.
+
+    Args:
+        source: what to check.
+        fields_needed: fields that training will ask for.
+        num: samples to read of each of the two shards.
+
+    Raises:
+        ValueError: if a field can be read from none of a shard's samples; lists what they have and a fix.
+    """
+    sizes = source.shard_sizes()
+    filled = [shard for shard, size in enumerate(sizes) if size]
+    for shard in dict.fromkeys([filled[0], filled[-1]]):
+        start = sum(sizes[:shard])
+        samples, errors = _readable(source, range(start, start + min(num, sizes[shard])))
+        for name in fields_needed:
+            reasons = errors + [str(error) for sample in samples if (error := _unusable(sample, name))]
+            if len(reasons) == len(errors) + len(samples):
+                raise ValueError(_explain(source, name, samples, reasons))
+
+
+def _readable(source: Source, indices: range) -> tuple[list[Sample], list[str]]:
+    samples, errors = [], []
+    for i in indices:
+        try:
+            samples.append(source.read(i))
+        except BadSample as error:
+            errors.append(str(error))
+    return samples, errors
+
+
+def _unusable(sample: Sample, name: str) -> BadSample | None:
+    readers = {"image": sample.image, "caption": sample.captions}
+    try:
+        readers[name]() if name in readers else sample.get(name)
+    except BadSample as error:
+        return error
+    return None
+
+
+def _explain(source: Source, name: str, samples: list[Sample], reasons: list[str]) -> str:
+    message = f"{source.name}: no {name} in the first {len(reasons)} samples of a shard. {reasons[0]}"
+    if not samples or samples[0].has(name):
+        return message
+    available = samples[0].available()
+    wanted = {
+        "image": ("jpg", "png", "webp", "jpeg", "img", "image"),
+        "caption": ("caption", "text", "title", "alt"),
+    }
+    likely = [key for word in wanted.get(name, (name,)) for key in available if word in key.lower()] or available
+    option = f"data.fields.{name}" if name in ("image", "caption", "label", "regions") else f"data.fields.extra.{name}"
+    return f"{message}. Say where it is, for example {option}: {likely[0]}"

@@ -1,0 +1,88 @@
+"""The step computes each feature once, and other encoders without gradient."""
+
+import copy
+
+import pytest
+import torch
+
+from siglip2.core.step import Step
+from siglip2.testing import fake_batch
+
+
+class Counting(torch.nn.Module):
+    """A vision tower that counts its calls."""
+
+    def __init__(self, vision):
+        super().__init__()
+        self.vision, self.calls = vision, 0
+
+    def forward(self, images):
+        self.calls += 1
+        return self.vision(images)
+
+
+@pytest.fixture
+def counted(towers):
+    """Towers whose image encoder counts."""
+    towers.vision = Counting(towers.vision)
+    return towers
+
+
+@pytest.fixture
+def step(counted):
+    return Step(
+        counted, fake_batch(), progress=0.25, encoders={"elder": Counting(copy.deepcopy(counted.vision.vision))}
+    )
+
+
+def test_image_features_are_computed_once(step):
+    assert step.encode_image() is step.encode_image("image", by="student")
+    assert step.model.vision.calls == 1
+
+
+def test_text_features_are_computed_once(step):
+    assert step.encode_text() is step.encode_text("caption")
+
+
+def test_each_encoder_has_its_own_features(step):
+    step.encode_image("image", by="elder")
+    step.encode_image("image", by="elder")
+    step.encode_image("image")
+    assert (step.encoders["elder"].calls, step.model.vision.calls) == (1, 1)
+
+
+def test_embeddings_have_unit_norm(step):
+    for features in (step.encode_image(), step.encode_text()):
+        torch.testing.assert_close(features.embedding.norm(dim=-1), torch.ones(4))
+
+
+def test_other_encoders_run_without_gradient(step):
+    elder = step.encode_image("image", by="elder")
+    assert not any(t.requires_grad for t in (elder.tokens, elder.pooled, elder.embedding))
+    assert step.encode_image("image").embedding.requires_grad
+
+
+def test_gradient_through_a_shared_feature_is_the_sum_of_its_uses(step, towers):
+    embedding = step.encode_image().embedding
+    parameter = towers.vision.vision.embed.weight
+    first, second = embedding.pow(4).mean(), embedding[:, 0].mean()
+    apart = [torch.autograd.grad(loss, parameter, retain_graph=True)[0] for loss in (first, second)]
+    (first + second).backward()
+    torch.testing.assert_close(parameter.grad, sum(apart))
+
+
+def test_view_that_nobody_declared_is_an_error_that_lists_the_others(step):
+    with pytest.raises(KeyError, match="no view called 'local'.*image, caption.*`views` hook"):
+        step.encode_image("local")
+
+
+def test_encoder_that_is_not_awake_is_an_error_that_lists_the_others(step):
+    with pytest.raises(KeyError, match="no encoder called 'teacher' is awake .there is student, elder"):
+        step.encode_image("image", by="teacher")
+
+
+def test_selected_step_computes_only_the_kept_rows(step):
+    everything = step.encode_image().embedding
+    kept = step.select(torch.tensor([3, 1]))
+    torch.testing.assert_close(kept.encode_image().embedding, everything[[3, 1]])
+    assert (kept.progress, list(kept.encoders)) == (0.25, ["elder"])
