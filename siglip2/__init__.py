@@ -7,9 +7,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from siglip2.core.batch import Batch, Patches
+    from siglip2.core.data.fields import BadSample, Sample
     from siglip2.core.distributed import gather, rank, world_size
     from siglip2.core.hooks import hookimpl
     from siglip2.core.layout import Layout, Patchifier
+    from siglip2.core.model.two_towers import ImageFeatures, TextFeatures, TwoTowers
     from siglip2.core.plugin import Objective, Plugin
     from siglip2.core.schedules import Schedule
     from siglip2.core.step import Step
@@ -19,7 +21,9 @@ _HOMES = {
     "siglip2.core.batch": ("Batch", "Patches"),
     "siglip2.core.distributed": ("gather", "rank", "world_size"),
     "siglip2.core.hooks": ("hookimpl",),
+    "siglip2.core.data.fields": ("BadSample", "Sample"),
     "siglip2.core.layout": ("Layout", "Patchifier"),
+    "siglip2.core.model.two_towers": ("ImageFeatures", "TextFeatures", "TwoTowers"),
     "siglip2.core.plugin": ("Objective", "Plugin"),
     "siglip2.core.schedules": ("Schedule",),
     "siglip2.core.step": ("Step",),
@@ -29,17 +33,22 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "CAPTION",
     "IMAGE",
+    "BadSample",
     "Batch",
     "Context",
+    "ImageFeatures",
     "ImageView",
     "Layout",
     "Objective",
     "Patches",
     "Patchifier",
     "Plugin",
+    "Sample",
     "Schedule",
     "Step",
+    "TextFeatures",
     "TextView",
+    "TwoTowers",
     "View",
     "gather",
     "hookimpl",

@@ -22,7 +22,7 @@ def recipes_folder() -> Path:
 
 
 def shipped() -> dict[str, Path]:
-    """Returns the shipped recipes and overlays by name, for example `siglip2-b16-256` and `hardware/cpu`."""
+    """Returns the shipped recipes and overlays by name, for example `siglip2-b16-256` and `size/l16`."""
     folder = recipes_folder()
     return {p.relative_to(folder).with_suffix("").as_posix(): p for p in sorted(folder.rglob("*.yaml"))}
 

@@ -108,12 +108,14 @@ def read_plugins(plugins: Any) -> dict[str, dict[str, Any] | None]:
     """Returns the `plugins` part of one recipe file as name -> options; None stands for `off`.
 
     Args:
-        plugins: a list of names, each bare or with options, or a mapping of name to options.
+        plugins: a list of names, each bare or with options, or a mapping of name to options; `off` disables one, and so
+            does null in a mapping.
 
     Raises:
         ValueError: if it is neither, or a name or option does not exist.
     """
-    items = list(plugins.items()) if isinstance(plugins, Mapping) else []
+    # `sigmoid: null` in a mapping is what a printed recipe says of a plugin that is off; `- sigmoid:` is a bare name
+    items = [(n, "off" if o is None else o) for n, o in plugins.items()] if isinstance(plugins, Mapping) else []
     for entry in plugins if isinstance(plugins, list) else []:
         items += list(entry.items()) if isinstance(entry, Mapping) else [(entry, {})]
     if not isinstance(plugins, Mapping | list):

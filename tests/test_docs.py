@@ -1,7 +1,7 @@
 """The documents tell the truth: their Python runs, their recipes and commands exist, their quotes are the code's words.
 
-Code blocks are marked by their first line: ```python, ```yaml, ```bash, ```toml, ```text. Python blocks run in order, in
-one namespace per document; a block marked ```python no-run does not, and ```yaml no-run is not read as a recipe.
+Code blocks say what they are: ```python, ```yaml, ```bash, ```toml, ```text. Python blocks run in order and in one
+namespace per document; a block marked ```python no-run does not, and ```yaml no-run is not read as a recipe.
 """
 
 import ast
@@ -170,10 +170,8 @@ def test_toml_block_declares_the_entry_point_group(body):
 def commands(body):
     """The commands of a shell block as lists of words: continued lines joined, prompts and `VAR=x` taken off."""
     for line in body.replace("\\\n", " ").splitlines():
-        words = list(shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars="|&;"))
-        words = list(_words(line))
         command = []
-        for word in [*words, ";"]:
+        for word in [*_words(line), ";"]:
             if set(word) <= set("|&;"):
                 yield command
                 command = []
@@ -182,10 +180,14 @@ def commands(body):
 
 
 def _words(line):
+    """The words of a shell line; of printed text, which may have a lone apostrophe, what stands between spaces."""
     lexer = shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars="|&;")
     lexer.whitespace_split = True
     lexer.commenters = "#"
-    return lexer
+    try:
+        return list(lexer)
+    except ValueError:
+        return line.split()
 
 
 def shell_commands(program):

@@ -92,7 +92,7 @@ def test_list_and_mapping_say_the_same(written):
     assert read_plugins(written) == {"fixed": {}, "sigmoid": {"weight": 2}}
 
 
-@pytest.mark.parametrize("off", ["off", False])
+@pytest.mark.parametrize("off", ["off", False, None])  # null: so a printed recipe says of a plugin that is off
 def test_off_removes_a_plugin(off):
     base = read_plugins(["fixed", "sigmoid"])
     assert overlay(base, read_plugins({"sigmoid": off})) == {"fixed": {}}

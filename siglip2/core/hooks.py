@@ -32,7 +32,7 @@ class CatalogueSpecs:
 
 
 class BuildSpecs:
-    """Called once per run, on the recipe's plugin instances, awake or not."""
+    """Called while a run is built: `patchifier` and `setup` on all plugins, `views` and `encoders` on the awake."""
 
     @hookspec(firstresult=True)
     def patchifier(self) -> "Patchifier | None":
@@ -56,7 +56,7 @@ class StepSpecs:
 
     @hookspec
     def wake(self, model: "TwoTowers") -> None:
-        """Called once, at the first step whose progress has reached `start` > 0; not again on resume."""
+        """Called once, at the first step whose progress has reached `start` > 0; on resume only if it is new there."""
 
     @hookspec(firstresult=True)
     def curate(self, step: "Step") -> "Tensor | None":

@@ -1,5 +1,6 @@
 """The Lightning module: it owns the towers and the plugins and calls hooks in a fixed order. No mathematics."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, cast
@@ -31,7 +32,9 @@ from siglip2.core.optim import (
 from siglip2.core.plugin import Objective, Plugin
 from siglip2.core.rehearsal import rehearse
 from siglip2.core.schedules import warmup_cosine
-from siglip2.core.step import Step
+from siglip2.core.step import STUDENT, Step
+
+log = logging.getLogger(__name__)
 
 
 class SigLIP2Module(LightningModule):
@@ -98,8 +101,6 @@ class SigLIP2Module(LightningModule):
         check_rules((n for n, _ in self.named_parameters()), rules)
         freeze(self, self.rules)
 
-    # --- one step
-
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Returns the weighted loss terms of one batch by name."""
         step = self.make_step(batch, progress)
@@ -107,13 +108,16 @@ class SigLIP2Module(LightningModule):
         step = step if kept is None else step.select(kept)
         terms: dict[str, Tensor] = {}
         for answer in self.awake_hook("losses", progress)(step=step):
-            terms.update(answer)
+            merge_unique(terms, answer, "loss term")
         return terms
 
     def make_step(self, batch: Batch, progress: float) -> Step:
         """Returns the step that the awake plugins see."""
         offered = self.awake_hook("encoders", progress)()
-        encoders = {name: module for answer in offered for name, module in answer.items()}
+        encoders: dict[str, nn.Module] = {STUDENT: self.model.vision}
+        for answer in offered:
+            merge_unique(encoders, answer, "encoder")
+        del encoders[STUDENT]  # it was there so that no plugin takes its name
         return Step(self.model, batch, progress=progress, encoders=encoders)
 
     def awake_hook(self, name: str, progress: float) -> Any:
@@ -173,8 +177,6 @@ class SigLIP2Module(LightningModule):
                 out[name] = view
         return out
 
-    # --- before the first step
-
     def configure_optimizers(self) -> Any:
         steps = self.trainer.max_steps
         if not 0 <= self.warmup < steps:
@@ -223,14 +225,24 @@ class SigLIP2Module(LightningModule):
                 f"then, which plain DDP does not allow: use --trainer.strategy ddp_find_unused_parameters_true"
             )
 
-    # --- checkpoints
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["siglip2"] = {
             "recipe": self.recipe,
             "text": self.tokenizer.to_state(),
             "pixels": self.patchifier.contract(),
+            "stream": self._stream(),
             "woken": sorted(self.woken),
+        }
+
+    def _stream(self) -> dict[str, Any]:
+        """What decides which samples come when, as plain values."""
+        data, trainer = self.recipe.get("data") or {}, self.recipe.get("trainer") or {}
+        batch_size = self.patchifier.layout(0).batch_size
+        return {
+            "batch_size": batch_size,
+            "data.train": data.get("train"),
+            "data.seed": data.get("seed"),
+            "trainer.max_steps": trainer.get("max_steps"),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -238,10 +250,12 @@ class SigLIP2Module(LightningModule):
         if ours is None:
             raise ValueError("this checkpoint was not written by siglip2: it carries no text and pixel contract")
         differences = self.tokenizer.differences(Tokenizer.from_state(ours["text"]))
-        differences += _pixel_differences(self.patchifier.contract(), ours["pixels"])
+        differences += _differences(self.patchifier.contract(), ours["pixels"], "here", "there")
         if differences:
             raise ValueError("the checkpoint was trained with another input contract: " + "; ".join(differences))
         self.woken = set(ours["woken"]) & set(self.plugins)
+        for line in _differences(self._stream(), ours["stream"], "here", "in the checkpoint"):
+            log.warning("resuming with another stream of samples: %s", line)
         checkpoint["state_dict"] = reconcile(checkpoint["state_dict"], self.state_dict())
 
 
@@ -261,6 +275,14 @@ def the_patchifier(hook: Any, plugins: Iterable[Plugin]) -> Patchifier:
     return patchifier
 
 
-def _pixel_differences(here: Mapping[str, object], there: Mapping[str, object]) -> list[str]:
-    keys = [*here, *(k for k in there if k not in here)]
-    return [f"pixels.{k}: here {here.get(k)}, there {there.get(k)}" for k in keys if here.get(k) != there.get(k)]
+def merge_unique(into: dict[str, Any], more: Mapping[str, Any], what: str) -> None:
+    """Adds the entries of `more`; raises ValueError if a name is there already, since one would be lost silently."""
+    for name, value in more.items():
+        if name in into:
+            raise ValueError(f"two plugins give a {what} called '{name}': rename one of them")
+        into[name] = value
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any], of_a: str, of_b: str) -> list[str]:
+    keys = [*a, *(k for k in b if k not in a)]
+    return [f"{k}: {of_a} {a.get(k)}, {of_b} {b.get(k)}" for k in keys if a.get(k) != b.get(k)]

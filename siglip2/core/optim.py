@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -130,9 +130,16 @@ def match_state_by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
         numbers = list(range(count, count + len(names)))
         count += len(names)
         groups.append({**options, "params": numbers, "param_names": names})
-        state.update({i: state_dict["state"][saved[n][0]] for i, n in zip(numbers, names, strict=True)
-                      if n in saved and saved[n][0] in state_dict["state"]})  # fmt: skip
+        for number, name, parameter in zip(numbers, names, group["params"], strict=True):
+            found = state_dict["state"].get(saved[name][0]) if name in saved else None
+            if found is not None and _fits(found, parameter):
+                state[number] = found
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _fits(state: dict[str, Any], parameter: Tensor) -> bool:
+    """Whether saved moments have the parameter's shape; a parameter that changed its shape starts fresh."""
+    return all(value.shape == parameter.shape for value in state.values() if isinstance(value, Tensor) and value.ndim)
 
 
 class StepCountLR(LambdaLR):

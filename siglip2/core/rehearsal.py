@@ -28,8 +28,8 @@ def rehearse(module: Any, phases: tuple[Phase, ...], make_batch: Any) -> None:
         make_batch: returns a tiny `Batch` on the module's device for a phase.
 
     Raises:
-        RuntimeError: if a phase fails, naming the phase and its plugins; the cause is chained.
-        ValueError: if a loss term is not a finite scalar.
+        ValueError: if a loss term is not a finite scalar, or no objective is awake.
+        Exception: whatever a plugin raises, with a note that names the phase and its plugins.
     """
     for phase in phases:
         with no_trace(module):

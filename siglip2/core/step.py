@@ -33,11 +33,11 @@ class Step:
         """Returns the view called `name`: `Patches` or a tensor with C * B rows.
 
         Raises:
-            KeyError: if no awake plugin declared that view.
+            ValueError: if no awake plugin declared that view.
         """
         if name not in self.batch.views:
             made = ", ".join(self.batch.views)
-            raise KeyError(f"no view called '{name}' in this batch (it has {made}): return it from your `views` hook")
+            raise ValueError(f"no view called '{name}' in this batch (it has {made}): return it from your `views` hook")
         return self.batch.views[name]
 
     def encode_image(self, view: str = "image", by: str = STUDENT) -> ImageFeatures:
@@ -48,7 +48,7 @@ class Step:
             by: `student`, or an encoder that a plugin offers; those run without gradient.
 
         Raises:
-            KeyError: if there is no such view or encoder.
+            ValueError: if there is no such view or encoder.
         """
         key = (view, by)
         if key not in self._features:
@@ -61,7 +61,7 @@ class Step:
             return self.model.encode_image(self.view(view))
         if by not in self.encoders:
             known = ", ".join([STUDENT, *self.encoders])
-            raise KeyError(f"no encoder called '{by}' is awake (there is {known}): enable the plugin that offers it")
+            raise ValueError(f"no encoder called '{by}' is awake (there is {known}): enable the plugin that offers it")
         with torch.no_grad():
             return image_features(self.encoders[by], self.view(view))
 

@@ -52,7 +52,7 @@ class Fixed(Plugin):
     Args:
         image_size: side of the square in pixels.
         patch_size: side of a patch in pixels.
-        batch_size: examples per step over all devices.
+        batch_size: examples per step over all devices (per micro-batch if gradients are accumulated).
         filter: resize filter, bilinear or bicubic. SigLIP 2 does not publish its training filter; bilinear is
             big_vision's default.
         antialias: whether the resize is antialiased. big_vision's own resize is not, its documentation recommends it.

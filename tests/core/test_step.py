@@ -72,12 +72,12 @@ def test_gradient_through_a_shared_feature_is_the_sum_of_its_uses(step, towers):
 
 
 def test_view_that_nobody_declared_is_an_error_that_lists_the_others(step):
-    with pytest.raises(KeyError, match="no view called 'local'.*image, caption.*`views` hook"):
+    with pytest.raises(ValueError, match="no view called 'local'.*image, caption.*`views` hook"):
         step.encode_image("local")
 
 
 def test_encoder_that_is_not_awake_is_an_error_that_lists_the_others(step):
-    with pytest.raises(KeyError, match="no encoder called 'teacher' is awake .there is student, elder"):
+    with pytest.raises(ValueError, match="no encoder called 'teacher' is awake .there is student, elder"):
         step.encode_image("image", by="teacher")
 
 

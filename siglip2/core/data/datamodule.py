@@ -104,23 +104,26 @@ class SigLIP2Data(LightningDataModule):
                     raise ValueError(f"view '{view.name}' is described twice: as {merged[view.name]} and as {view}")
         return tuple(merged.values())
 
-    # --- training
-
-    def train_batches(self, *, max_batches: int, rank: int = 0, world_size: int = 1) -> TrainBatches:
+    def train_batches(
+        self, *, max_batches: int, accumulate: int = 1, rank: int = 0, world_size: int = 1
+    ) -> TrainBatches:
         """Returns the map from batch number to batch, for one rank."""
         assert self.train is not None
         maker = Maker(self.train_source, self.patchifier, self.tokenizer, self.seed, self.train.languages)
         order = Order(self.train_source.shard_sizes(), self.seed, window=self.train.window)
         views = [(phase.start, self.views_of(phase)) for phase in phases(self.recipe_plugins)]
-        return TrainBatches(maker, order, views, max_batches=max_batches, rank=rank, world_size=world_size)
+        return TrainBatches(
+            maker, order, views, max_batches=max_batches, accumulate=accumulate, rank=rank, world_size=world_size
+        )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer = self.trainer
         assert trainer is not None
-        total = trainer.max_steps * trainer.accumulate_grad_batches
-        batches = self.train_batches(max_batches=total, rank=trainer.global_rank, world_size=trainer.world_size)
-        done = trainer.global_step * trainer.accumulate_grad_batches
-        return self._loader(batches, FromIndex(done, total))
+        accumulate = trainer.accumulate_grad_batches
+        total = trainer.max_steps * accumulate
+        rank, world_size = trainer.global_rank, trainer.world_size
+        batches = self.train_batches(max_batches=total, accumulate=accumulate, rank=rank, world_size=world_size)
+        return self._loader(batches, FromIndex(trainer.global_step * accumulate, total))
 
     def rehearsal_batch(self, phase: Phase) -> Batch:
         """Returns two samples with the views of a phase."""
@@ -128,8 +131,6 @@ class SigLIP2Data(LightningDataModule):
         maker = Maker(self.train_source, self.patchifier, self.tokenizer, self.seed, self.train.languages)
         views = self.views_of(phase)
         return EvalBatches(maker, views, batch_size=min(2, share(self.patchifier.layout(0), 1)))[0]
-
-    # --- evaluation
 
     def eval_views(self, dataset: EvalSet) -> tuple[View, ...]:
         """Returns the views of an evaluation set: image and label, or image and a caption per language."""

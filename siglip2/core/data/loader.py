@@ -58,7 +58,8 @@ class TrainBatches(Dataset[Batch]):
         maker: makes rows.
         order: which sample stands at which position of the stream.
         views: (start, views) of each phase, by progress, in order.
-        max_batches: batches of the whole run; progress is number / max_batches.
+        max_batches: micro-batches of the whole run.
+        accumulate: micro-batches per optimizer step; views change between steps, never inside one.
         rank: this process among `world_size`.
         world_size: processes that share each batch evenly.
 
@@ -73,9 +74,11 @@ class TrainBatches(Dataset[Batch]):
         views: Sequence[tuple[float, tuple[View, ...]]],
         *,
         max_batches: int,
+        accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
     ):
+        self.accumulate = accumulate
         self.maker, self.order, self.views = maker, order, tuple(views)
         self.max_batches, self.rank, self.world_size = max_batches, rank, world_size
         self._known_start = (0, 0)  # batch number -> position of its first sample
@@ -88,7 +91,7 @@ class TrainBatches(Dataset[Batch]):
         layout = self.maker.patchifier.layout(index)
         size = share(layout, self.world_size)
         first = self._start(index) + self.rank * size
-        views = self.views_at(index / self.max_batches)
+        views = self.views_at(index // self.accumulate / (self.max_batches // self.accumulate))
         _, samples = self.order.many(first, size)
         faults: list[Fault] = []
         rows = []

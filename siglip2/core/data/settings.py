@@ -12,16 +12,22 @@ class TextOptions:
     Args:
         length: tokens of every text, EOS and padding included; 64 in SigLIP 2.
         lowercase: lower-case first, as the released models were trained.
+        lowercase_ascii_only: lower-case only A to Z, as big_vision does; off lower-cases every script.
         canonicalize: also strip ASCII punctuation, as open_clip does; off in the released models.
+        bos: begin texts with BOS; the released models do not.
         pad_id: padding id; null finds it in the tokenizer.
         eos_id: end-of-text id; null finds it in the tokenizer.
+        bos_id: beginning id; null finds it in the tokenizer.
     """
 
     length: int = 64
     lowercase: bool = True
+    lowercase_ascii_only: bool = False
     canonicalize: bool = False
+    bos: bool = False
     pad_id: int | None = None
     eos_id: int | None = None
+    bos_id: int | None = None
 
 
 @dataclass(frozen=True)
