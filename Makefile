@@ -22,8 +22,8 @@ $(CHECKOUT): $(DEPS)
 
 # Shards, tokenizer, training, report: about 8 minutes on two cores, of which at most 6 are training.
 quickstart: env
-	$(BIN)/siglip2 data emoji-world --out $(DATA) --scenes 12000 --singles 24000 --emoji 128 --unseen 16 --val 500 --size 64
-	test -f $(DATA)/tokenizer.json || $(BIN)/siglip2 tokenizer train $(DATA)/train --caption json.captions --vocab-size 3000 --out $(DATA)/tokenizer.json
+	$(BIN)/siglip2 data emoji-world --out $(DATA) --scenes 12000 --singles 24000 --emoji 128 --unseen 16 --val 1000 --size 64 --overwrite
+	$(BIN)/siglip2 tokenizer train $(DATA)/train --caption json.captions --vocab-size 3000 --out $(DATA)/tokenizer.json
 	$(BIN)/siglip2 fit --config quickstart
 
 test: env

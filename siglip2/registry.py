@@ -114,14 +114,19 @@ def read_plugins(plugins: Any) -> dict[str, dict[str, Any] | None]:
     Raises:
         ValueError: if it is neither, or a name or option does not exist.
     """
-    # `sigmoid: null` in a mapping is what a printed recipe says of a plugin that is off; `- sigmoid:` is a bare name
-    items = [(n, "off" if o is None else o) for n, o in plugins.items()] if isinstance(plugins, Mapping) else []
+    # `koleo: null` in a mapping is what a printed recipe says of a plugin that is off, installed here or not;
+    # `- koleo:` is a bare name
+    items: list[tuple[Any, Any]] = []
+    if isinstance(plugins, Mapping):
+        items = [(n, "off" if o is None else o) for n, o in plugins.items() if o is not None or n in catalogue()]
     for entry in plugins if isinstance(plugins, list) else []:
         items += list(entry.items()) if isinstance(entry, Mapping) else [(entry, {})]
     if not isinstance(plugins, Mapping | list):
         raise ValueError(f"plugins should be a list of names, each bare or with options, found {plugins!r}")
     read: dict[str, dict[str, Any] | None] = {}
     for name, options in items:
+        if name in read:
+            raise ValueError(f"plugin '{name}' is listed twice: put its options into one entry")
         read[name] = _read_options(name, options)
     return read
 

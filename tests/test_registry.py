@@ -83,7 +83,7 @@ def test_misspelt_option_is_told_the_nearest_and_all_options():
     [
         ["fixed", {"sigmoid": {"weight": 2}}],
         [{"fixed": {}}, {"sigmoid": {"weight": 2}}],
-        {"fixed": None, "sigmoid": {"weight": 2}},
+        {"fixed": {}, "sigmoid": {"weight": 2}},
         {"fixed": True, "sigmoid": {"weight": 2}},
     ],
     ids=["bare", "empty", "mapping", "on"],

@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if traceback:
             raise
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-        print(f"siglip2: error: {error}{notes}", file=sys.stderr)
+        where = "" if isinstance(error, ValueError | FileNotFoundError) else "\n  --traceback shows where it happened"
+        print(f"siglip2: error: {error}{notes}{where}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -51,7 +52,11 @@ def _dispatch(arguments: list[str]) -> None:
 def _help(arguments: list[str]) -> None:
     lines = [f"  {name:20} {text}" for name, (_, _, text) in TRAINING.items()]
     lines += [f"  {' '.join(words):20} {text}" for words, (_, text) in COMMANDS.items()]
-    text = "usage: siglip2 COMMAND [options]\n\n" + "\n".join(lines) + "\n\n`siglip2 COMMAND --help` says more."
+    text = (
+        "usage: siglip2 COMMAND [options]\n\n"
+        + "\n".join(lines)
+        + "\n\n`siglip2 COMMAND --help` says more; --traceback shows where an error came from."
+    )
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(text)
         return

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from siglip2.cli.from_checkpoint import with_checkpoint
 from siglip2.cli.training import SigLIP2CLI
 from siglip2.core.module import SigLIP2Module
 
@@ -30,7 +31,7 @@ class Ranked:
 
 def predict(arguments: Sequence[str]) -> None:
     """Ranks the texts for every picture and prints a table or JSON."""
-    cli = SigLIP2CLI(arguments, command="predict")
+    cli = SigLIP2CLI(with_checkpoint(arguments, "predict"), command="predict")
     asked = cli.datamodule.predict
     asked = replace(asked, images=cli.config.images or asked.images, texts=cli.config.texts or asked.texts)
     if not asked.images or not asked.texts:

@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -12,12 +11,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.plugins import CheckpointIO
 
 from siglip2.cli.console import print_scores, set_up_logging
+from siglip2.cli.from_checkpoint import recipe_of_checkpoint, with_checkpoint
 from siglip2.core.callbacks.faults import FaultCounter
 from siglip2.core.callbacks.retrieval import Retrieval
-from siglip2.core.callbacks.run_report import WriteReport
+from siglip2.core.callbacks.run_record import RunRecord
+from siglip2.core.callbacks.save_the_end import SaveTheEnd
 from siglip2.core.callbacks.throughput import Throughput
 from siglip2.core.callbacks.zero_shot import ZeroShot
-from siglip2.core.checkpoint import AtomicCheckpointIO, read_checkpoint
+from siglip2.core.checkpoint import AtomicCheckpointIO
 from siglip2.core.data.datamodule import SigLIP2Data
 from siglip2.core.module import SigLIP2Module
 from siglip2.core.optim import PUBLISHED
@@ -57,7 +58,7 @@ class SigLIP2CLI(LightningCLI):
     def __init__(self, arguments: Sequence[str], *, command: str):
         self.command = command
         set_up_logging()
-        base, pinned = _from_checkpoint(arguments, command)
+        base, pinned = recipe_of_checkpoint(arguments, command)
         expanded, self.order = expand_arguments(arguments, base)
         super().__init__(
             SigLIP2Module,
@@ -106,17 +107,32 @@ class SigLIP2CLI(LightningCLI):
         """Returns the trainer with the callbacks that every run has."""
         self.zero_shot, self.retrieval = ZeroShot(), Retrieval()
         train = self.datamodule.train
-        always: list[Callback] = [self.zero_shot, self.retrieval]
+        always: list[Callback] = [self.zero_shot, self.retrieval, FaultCounter(train.max_bad if train else 1.0)]
+        self.report = RunRecord(self.zero_shot, self.retrieval)
         if self.command == "fit":
-            always += [Throughput(), FaultCounter(train.max_bad if train else 1.0)]
-        if self.command == "fit" and self.config.report:
-            always.append(WriteReport(self.zero_shot, self.retrieval))
+            always += [Throughput(), SaveTheEnd(), self.report]
+            kwargs.update(self._validation_within_the_run())
         self.trainer_defaults = {"callbacks": always}
         chosen = self.config_init.trainer.plugins or []
         chosen = [*chosen] if isinstance(chosen, list) else [chosen]
         if not any(isinstance(plugin, CheckpointIO) for plugin in chosen):
             chosen.append(AtomicCheckpointIO())
         return super().instantiate_trainer(plugins=chosen, **kwargs)
+
+    def _validation_within_the_run(self) -> dict[str, Any]:
+        """Returns a validation interval that Lightning accepts when a recipe is cut short: once, at the end."""
+        settings = self.config_init.trainer
+        every = settings.val_check_interval
+        cut_short = isinstance(every, int) and every > settings.max_steps * settings.accumulate_grad_batches > 0
+        return {"val_check_interval": 1.0} if cut_short else {}
+
+    def finish(self) -> None:
+        """Scores the final weights if validation has not, writes the report, and prints the scores."""
+        if self.datamodule.eval_sets and self.zero_shot.step != self.trainer.global_step:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        if self.config.report:
+            self.report.write(self.trainer, self.model)
+        self.print_scores()
 
     def print_scores(self) -> None:
         """Prints what the evaluation callbacks found, on the first rank."""
@@ -128,36 +144,22 @@ def _tokenizer_of(data: SigLIP2Data) -> Any:
     return data.tokenizer
 
 
-def _from_checkpoint(arguments: Sequence[str], command: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """Returns the recipe stored in `--ckpt_path` when no `--config` is given, and the overrides that go with it."""
-    given = [a.partition("=") for a in arguments]
-    flags = [flag for flag, _, _ in given]
-    if command == "fit" or "--ckpt_path" not in flags or "--config" in flags or "-c" in flags:
-        return None, []
-    at = flags.index("--ckpt_path")
-    path = given[at][2] or (arguments[at + 1] if at + 1 < len(arguments) else "")
-    recipe = read_checkpoint(path)["siglip2"]["recipe"]
-    recipe = {k: v for k, v in recipe.items() if k not in ("ckpt_path", "report", "trainer")}
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    return {**recipe, "trainer": quiet}, ["--data.tokenizer", str(Path(path))]
-
-
 def fit(arguments: Sequence[str]) -> None:
     """Trains; resumes from `--ckpt_path` if it is given."""
     cli = SigLIP2CLI(arguments, command="fit")
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
-    cli.print_scores()
+    cli.finish()
 
 
 def validate(arguments: Sequence[str]) -> None:
     """Evaluates a checkpoint on the recipe's zero-shot and retrieval sets."""
-    cli = SigLIP2CLI(arguments, command="validate")
+    cli = SigLIP2CLI(with_checkpoint(arguments, "validate"), command="validate")
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, verbose=False)
     cli.print_scores()
 
 
 def test(arguments: Sequence[str]) -> None:
     """As `validate`, through Lightning's test loop."""
-    cli = SigLIP2CLI(arguments, command="test")
+    cli = SigLIP2CLI(with_checkpoint(arguments, "test"), command="test")
     cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, verbose=False)
     cli.print_scores()

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from siglip2.core.batch import Batch, Patches
@@ -254,7 +255,8 @@ class SigLIP2Module(LightningModule):
         if differences:
             raise ValueError("the checkpoint was trained with another input contract: " + "; ".join(differences))
         self.woken = set(ours["woken"]) & set(self.plugins)
-        for line in _differences(self._stream(), ours["stream"], "here", "in the checkpoint"):
+        resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        for line in _differences(self._stream(), ours["stream"], "here", "in the checkpoint") if resuming else ():
             log.warning("resuming with another stream of samples: %s", line)
         checkpoint["state_dict"] = reconcile(checkpoint["state_dict"], self.state_dict())
 
@@ -268,9 +270,7 @@ def the_patchifier(hook: Any, plugins: Iterable[Plugin]) -> Patchifier:
     offering = [p.name for p in plugins if hasattr(p, "patchifier")]
     if len(offering) != 1:
         found = "none" if not offering else " and ".join(offering)
-        raise ValueError(
-            f"a recipe needs exactly one patchifier, found {found}: enable one of them, for example `fixed`"
-        )
+        raise ValueError(f"a recipe needs exactly one patchifier, found {found}: `siglip2 plugins` lists what there is")
     patchifier: Patchifier = hook()
     return patchifier
 

@@ -38,7 +38,8 @@ class Rule:
 
 # big_vision decays only what flax calls `kernel`: the matrices of Dense, conv and attention (optax.py, wd_mults)
 KERNELS_ONLY = Rule(
-    r"(\bbias|norm\d?\.weight|pos_embed|token_embed\.weight|latent|logit_scale|logit_bias)$", decay=False
+    r"(\bbias|norm\d?\.weight|pos_embed|token_embed\.weight|latent|\w+_token|bias_table|logit_scale|logit_bias)$",
+    decay=False,
 )
 
 
@@ -125,8 +126,9 @@ def match_state_by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
     state, groups, count = {}, [], 0
     for group in optimizer.param_groups:
         names = group["param_names"]
-        origin = next((saved[n][1] for n in names if n in saved), None)
-        options = {k: v for k, v in (origin or group).items() if k not in ("params", "param_names")}
+        options = {
+            k: v for k, v in group.items() if k not in ("params", "param_names")
+        }  # this recipe's, not the file's
         numbers = list(range(count, count + len(names)))
         count += len(names)
         groups.append({**options, "params": numbers, "param_names": names})

@@ -50,10 +50,11 @@ def rehearse(module: Any, phases: tuple[Phase, ...], make_batch: Any) -> None:
 def _check(terms: dict[str, Tensor], phase: Phase) -> None:
     if not terms:
         raise ValueError(
-            f"no objective is awake at progress {phase.start:g} to {phase.stop:g}: enable one, for example `sigmoid`"
+            f"no objective is awake at progress {phase.start:g} to {phase.stop:g}: enable one "
+            f"(`siglip2 plugins` lists them)"
         )
     for name, term in terms.items():
-        if term.numel() != 1:
+        if term.ndim != 0:
             raise ValueError(f"loss term '{name}' has the shape {list(term.shape)}, expected a scalar")
         if not torch.isfinite(term.detach()).all():
             raise ValueError(f"loss term '{name}' is not finite on its first two samples")

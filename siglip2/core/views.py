@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -23,18 +24,23 @@ class Context:
     """What a view may use beside the sample.
 
     Args:
-        rng: random numbers of this very (seed, sample position, view): the same in every run.
+        entropy: seed, sample position and view as integers; `rng` follows from them.
         patchifier: the patchifier of the recipe.
         layout: the layout of the batch.
         tokenizer: text to ids.
         languages: share of each language when a sample has captions in several; None draws evenly.
     """
 
-    rng: np.random.Generator
+    entropy: tuple[int, ...]
     patchifier: Patchifier
     layout: Layout
     tokenizer: "Tokenizer"
     languages: Mapping[str, float] | None = None
+
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        """Random numbers of this very (seed, sample position, view): the same in every run, made when first used."""
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(self.entropy)))
 
 
 class View(Protocol):

@@ -9,7 +9,13 @@ from siglip2.core.batch import Batch
 
 
 class Evaluation(Callback):
-    """A callback that scores the embeddings of evaluation sets; it starts, updates per batch, and finishes."""
+    """A callback that scores the embeddings of evaluation sets; it starts, updates per batch, and finishes.
+
+    Attributes:
+        step: optimizer steps of the weights that were scored last; -1 before the first time.
+    """
+
+    step: int = -1
 
     @abstractmethod
     def begin(self, module: Any, data: Any) -> None:
@@ -35,13 +41,14 @@ class Evaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        names = list(trainer.datamodule.eval_sets)  # type: ignore[attr-defined]
-        self.update(names[dataloader_idx], outputs, batch)
+        name = list(trainer.datamodule.eval_sets)[dataloader_idx]  # type: ignore[attr-defined]
+        self.update(name, outputs, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scores = self.finish()
+        self.step = trainer.global_step
         if not trainer.sanity_checking:
-            pl_module.log_dict(scores)
+            pl_module.log_dict(scores, sync_dist=True)  # they agree over ranks already; Lightning asks to be told
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end

@@ -23,12 +23,21 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Embedded:
-    """Images of an evaluation set: uint8 pictures [M, H, W, 3], embeddings [M, E], and texts or labels of each."""
+    """Images of an evaluation set.
+
+    Args:
+        pictures: uint8 [M, H, W, 3].
+        patches: of each picture, with a leading dimension of 1.
+        embedding: [M, E].
+        others: embeddings [M, E] of text views, and labels [M], by view.
+        ids: token ids [M, T] of text views, by view.
+    """
 
     pictures: Any
     patches: list[Patches]
     embedding: Tensor
     others: dict[str, Tensor]
+    ids: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -42,13 +51,15 @@ def embed_some(module: Any, batches: Any, limit: int) -> Embedded:
         images: Patches = batch.views["image"]
         if images.grid is None or sum(len(p) for p in pictures) >= limit:
             break
-        rows.append({**module.embed(batch), "real": batch.real})
+        ids = {f"ids/{name}": view for name, view in batch.views.items() if isinstance(view, Tensor) and view.ndim == 2}
+        rows.append({**module.embed(batch), **ids, "real": batch.real})
         pictures.append(unpatchify(images.patches.cpu(), images.grid).permute(0, 2, 3, 1).numpy())
         patches += [images.rows(torch.tensor([i], device=module.device)) for i in range(batch.size)]
     kept = torch.cat([r["real"] for r in rows])[:limit].cpu()
     joined = {k: torch.cat([r[k] for r in rows])[:limit].cpu()[kept] for k in rows[0] if k != "real"}
     chosen = kept.nonzero().flatten().tolist()
-    return Embedded(np.concatenate(pictures)[chosen], [patches[i] for i in chosen], joined.pop("image"), joined)
+    ids = {name.removeprefix("ids/"): joined.pop(name) for name in list(joined) if name.startswith("ids/")}
+    return Embedded(np.concatenate(pictures)[chosen], [patches[i] for i in chosen], joined.pop("image"), joined, ids)
 
 
 def text_examples(module: Any, batches: Any, language: str | None, view: str) -> list[RetrievalExample]:
@@ -61,7 +72,7 @@ def text_examples(module: Any, batches: Any, language: str | None, view: str) ->
         best = logits_KM[row].topk(min(TOP, len(found.pictures)))
         examples.append(
             RetrievalExample(
-                query=_text_of(batches, row, view),
+                query=module.tokenizer.decode(found.ids[view][row]),
                 language=language or "",
                 images=[found.pictures[i] for i in best.indices.tolist()],
                 scores=best.values.sigmoid().tolist(),
@@ -69,13 +80,6 @@ def text_examples(module: Any, batches: Any, language: str | None, view: str) ->
             )
         )
     return examples
-
-
-def _text_of(batches: Any, row: int, view: str) -> str:
-    sample = batches.maker.source.read(row)
-    language = next((v.language for v in batches.views if v.name == view), None)
-    captions = sample.captions()
-    return captions[language][0] if language is not None else next(iter(captions.values()))[0]
 
 
 @torch.no_grad()

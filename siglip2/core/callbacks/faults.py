@@ -14,7 +14,7 @@ EXAMPLES = 5
 
 
 class FaultCounter(Callback):
-    """Watches `Batch.faults` of the training batches.
+    """Watches `Batch.faults`: training batches are held to a share, evaluation batches are reported.
 
     Args:
         max_bad: share of unusable samples from which the run stops.
@@ -26,6 +26,7 @@ class FaultCounter(Callback):
             raise ValueError(f"max_bad is a share of the samples, in [0, 1], found {max_bad}")
         self.max_bad, self.patience = max_bad, patience
         self.seen, self.reasons, self.examples = 0, Counter[str](), list[str]()
+        self._left_out: set[tuple[str, str]] = set()
 
     @property
     def bad(self) -> int:
@@ -42,6 +43,16 @@ class FaultCounter(Callback):
             self.reasons[fault.reason.split(":")[0]] += 1
         if self.seen >= self.patience and self.bad > self.max_bad * self.seen:
             raise RuntimeError(self.summary())
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        for fault in batch.faults:
+            if (fault.where, fault.key) not in self._left_out:
+                self._left_out.add((fault.where, fault.key))
+                log.warning("left out of the evaluation: %s: %s: %s", fault.where, fault.key, fault.reason)
+
+    on_test_batch_start = on_validation_batch_start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.bad:

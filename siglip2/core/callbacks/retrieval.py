@@ -23,7 +23,7 @@ def match_ranks(z_query_ME: Tensor, z_target_ME: Tensor, *, chunk: int = 1024) -
     for start in range(0, z_query_ME.shape[0], chunk):
         scores = z_query_ME[start : start + chunk] @ z_target_ME.T  # [chunk, M], never M x M at once
         own = scores.diagonal(start)[:, None]
-        ranks.append((scores >= own).sum(1))
+        ranks.append((~(scores < own)).sum(1))  # so that a score that is not a number loses, too
     return torch.cat(ranks)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from siglip2.core.batch import Batch
@@ -66,10 +67,12 @@ class ZeroShot(Evaluation):
         self.rows: list[ZeroShotRow] = []
         self._vectors: dict[tuple[str, str], Tensor] = {}
         self._metrics: dict[tuple[str, str], dict[int, MulticlassAccuracy]] = {}
+        self._seen: dict[str, SumMetric] = {}
 
     def begin(self, module: Any, data: Any) -> None:
         self._vectors, self._metrics = {}, {}
         sets: Mapping[str, ZeroShotSet] = data.zero_shot
+        self._seen = {dataset: SumMetric().to(module.device) for dataset in sets}
         for dataset, settings in sets.items():
             for language, names in read_classes(settings.classes, settings.languages).items():
                 self._vectors[dataset, language] = class_vectors(module, names, settings.templates)
@@ -78,6 +81,8 @@ class ZeroShot(Evaluation):
                 }
 
     def update(self, dataset: str, embedded: dict[str, Tensor], batch: Batch) -> None:
+        if dataset in self._seen:
+            self._seen[dataset].update(batch.size if batch.real is None else batch.real.sum())
         for (name, language), vectors in self._vectors.items():
             if name == dataset:
                 label = embedded["label"] if batch.real is None else embedded["label"].where(batch.real, -1)
@@ -86,7 +91,8 @@ class ZeroShot(Evaluation):
                     metric.update(scores_BK, label)
 
     def finish(self) -> dict[str, float]:
-        self.rows = [self._row(dataset, language) for dataset, language in self._metrics]
+        seen = {dataset: int(metric.compute()) for dataset, metric in self._seen.items()}
+        self.rows = [self._row(dataset, language, seen[dataset]) for dataset, language in self._metrics]
         scores = {}
         for row in self.rows:
             scores[f"zero_shot/{row.dataset}/{row.language}/top1"] = row.top1
@@ -96,15 +102,14 @@ class ZeroShot(Evaluation):
             scores[f"zero_shot/{dataset}/mean/top1"] = sum(top1) / len(top1)
         return scores
 
-    def _row(self, dataset: str, language: str) -> ZeroShotRow:
+    def _row(self, dataset: str, language: str, num_images: int) -> ZeroShotRow:
         metrics = self._metrics[dataset, language]
         top1, top5 = metrics[1], metrics[max(metrics)]
         classes = self._vectors[dataset, language].shape[0]
-        seen = int((torch.as_tensor(top1.tp) + torch.as_tensor(top1.fn)).sum())
         return ZeroShotRow(
             dataset=dataset,
             language=language,
-            num_images=seen,
+            num_images=num_images,
             num_classes=classes,
             top1=float(top1.compute()),
             top5=float(top5.compute()),

@@ -1,5 +1,6 @@
 """The Lightning datamodule: sources, tokenizer and views of a recipe, as loaders."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -39,7 +40,7 @@ class SigLIP2Data(LightningDataModule):
         predict: pictures and texts for `siglip2 predict`.
         num_workers: loader processes on each rank; results do not depend on it.
         eval_batch_size: rows per evaluation batch on each rank.
-        seed: decides order, crops and caption choice.
+        seed: decides order, crops and caption choice; null takes seed_everything's.
     """
 
     def __init__(
@@ -53,14 +54,15 @@ class SigLIP2Data(LightningDataModule):
         predict: PredictSet = PredictSet(),  # noqa: B008 - frozen
         num_workers: int = 2,
         eval_batch_size: int = 64,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__()
         self.recipe_plugins = plugins
         self.tokenizer = read_tokenizer(tokenizer, text)
         self.train, self.predict = train, predict
         self.zero_shot, self.retrieval = dict(zero_shot or {}), dict(retrieval or {})
-        self.num_workers, self.eval_batch_size, self.seed = num_workers, eval_batch_size, seed
+        self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         if clash := sorted(self.zero_shot.keys() & self.retrieval.keys()):
             raise ValueError(f"'{clash[0]}' names a zero-shot set and a retrieval set: rename one of them")
 
@@ -79,8 +81,9 @@ class SigLIP2Data(LightningDataModule):
         """The samples that are trained on, opened and checked."""
         if self.train is None:
             raise ValueError("data.train is not set: give at least data.train.path")
+        train = self.train
         source = open_source(
-            self.train.path, format=self.train.format, fields=self.train.fields, cache_dir=self.train.cache_dir
+            train.path, format=train.format, fields=train.fields, cache_dir=train.cache_dir, max_bytes=train.max_bytes
         )
         check_source(source)
         return source

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -46,9 +45,8 @@ class Maker:
         return sample.key, {view.name: view(sample, self._context(view, position, layout)) for view in views}
 
     def _context(self, view: View, position: int, layout: Layout) -> Context:
-        entropy = [self.seed, position, zlib.crc32(view.name.encode())]
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
-        return Context(rng, self.patchifier, layout, self.tokenizer, self.languages)
+        entropy = (self.seed, position, zlib.crc32(view.name.encode()))
+        return Context(entropy, self.patchifier, layout, self.tokenizer, self.languages)
 
 
 class TrainBatches(Dataset[Batch]):

@@ -41,6 +41,7 @@ class TrainSet:
         languages: share of each language where samples have captions in several; null draws evenly.
         window: shards that are shuffled together; null shuffles the whole set at once.
         cache_dir: folder that keeps local copies of remote shards; null reads ranges.
+        max_bytes: files in a sample larger than this make it unusable.
         max_bad: share of unusable samples at which the run stops.
     """
 
@@ -50,6 +51,7 @@ class TrainSet:
     languages: dict[str, float] | None = None
     window: int | None = None
     cache_dir: str | None = None
+    max_bytes: int = 64 * 2**20
     max_bad: float = 0.05
 
 

@@ -118,7 +118,9 @@ class TimmVisionTower(nn.Module):
     def forward(self, images: Patches) -> VisionOutput:
         """Encodes uint8 patches [B, N, P] of one full grid."""
         if images.grid is None:
-            raise ValueError("a timm vision tower needs whole images: use the `fixed` patchifier or drop `model.timm`")
+            raise ValueError(
+                "a timm vision tower needs whole images: use a patchifier of one fixed grid or drop `model.timm`"
+            )
         pixels = to_unit_range(unpatchify(images.patches, images.grid))  # [B, N, P] -> [B, 3, H, W]
         tokens = self.trunk.forward_features(pixels)
         prefix = getattr(self.trunk, "num_prefix_tokens", 0)

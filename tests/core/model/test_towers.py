@@ -197,5 +197,5 @@ def test_a_timm_model_without_a_token_per_patch_is_an_error(name, patch_size):
 
 def test_a_timm_vit_refuses_patches_without_a_common_grid(images):
     tower = TimmVisionTower("test_vit", patch_size=16, grid=(4, 4))
-    with pytest.raises(ValueError, match="needs whole images: use the `fixed` patchifier"):
+    with pytest.raises(ValueError, match="needs whole images: use a patchifier of one fixed grid"):
         tower(padded(images(), 1))

@@ -1,5 +1,6 @@
-"""Writes report.html when training ends: curves, scores per language, examples, heatmaps."""
+"""Remembers what a run logged and writes report.html: curves, scores per language, examples, heatmaps."""
 
+import logging
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -17,11 +18,12 @@ from siglip2.core.data.datamodule import caption_name
 from siglip2.core.report.data import Curve, RunReport
 from siglip2.core.report.render import write_report
 
+log = logging.getLogger(__name__)
 UNITS = {"images_per_s": "images/s", "train/": "nats", "waiting": "of the time"}
 
 
-class WriteReport(Callback):
-    """Collects what is logged and writes `report.html` into `trainer.default_root_dir` at the end of `fit`.
+class RunRecord(Callback):
+    """Collects what is logged during `fit`, across resumes, and writes `report.html` out of it.
 
     Args:
         zero_shot: the callback whose last scores are shown.
@@ -61,9 +63,17 @@ class WriteReport(Callback):
         self.history.setdefault(name, {})[step] = value
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._trained_s += time.monotonic() - self._since
-        if trainer.is_global_zero:
-            path = write_report(self.collect(trainer, pl_module), Path(trainer.default_root_dir) / "report.html")
+        self._trained_s, self._since = self._time_trained(), 0.0
+
+    def write(self, trainer: Trainer, module: Any) -> None:
+        """Writes `report.html` into `trainer.default_root_dir`; a report that fails costs nothing but itself."""
+        if not trainer.is_global_zero:
+            return
+        try:
+            path = write_report(self.collect(trainer, module), Path(trainer.default_root_dir) / "report.html")
+        except Exception:
+            log.exception("the report could not be written; the run itself is complete and saved")
+        else:
             print(f"report: {path}")
 
     def collect(self, trainer: Trainer, module: Any) -> RunReport:
@@ -109,9 +119,11 @@ class WriteReport(Callback):
             "Versions": f"siglip2 {version('siglip2')}, torch {torch.__version__}",
         }
 
+    def _time_trained(self) -> float:
+        return self._trained_s + (time.monotonic() - self._since if self._since else 0.0)
+
     def state_dict(self) -> dict[str, Any]:
-        trained = self._trained_s + (time.monotonic() - self._since if self._since else 0.0)
-        return {"history": self.history, "images": self._images, "trained_s": trained}
+        return {"history": self.history, "images": self._images, "trained_s": self._time_trained()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self._images = state_dict["history"], state_dict["images"]
