@@ -39,6 +39,8 @@ def predict(arguments: Sequence[str]) -> None:
             "predict needs pictures and texts: siglip2 predict --ckpt_path CKPT --images a.png --texts 'a cat' 'a dog'"
         )
     cli.datamodule.predict = asked
+    if cli.config.json and cli.trainer.progress_bar_callback:
+        cli.trainer.progress_bar_callback.disable()  # it draws on stdout, where each line is to be JSON
     embedded: Any = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
     rankings = rank(cli.model, torch.cat([e["image"] for e in embedded or []]), asked.texts)
     paths = [str(p) for p in cli.datamodule.predict_dataloader().dataset.paths]

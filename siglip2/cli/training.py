@@ -25,6 +25,7 @@ from siglip2.core.optim import PUBLISHED
 from siglip2.recipes import expand_arguments
 from siglip2.registry import in_order, plugins_class, suggestion
 
+MISSING = re.compile(r'[Kk]ey "([\w.]+)".*arguments are required: ([\w, ]+)', re.DOTALL)
 UNKNOWN = re.compile(r"(?:Option '|unrecognized arguments: --|does not accept option '|[Kk]ey '|Key \")([\w.]+)")
 
 
@@ -35,6 +36,8 @@ class RecipeParser(LightningArgumentParser):
         """Ends the program with status 2, the message, and a suggestion if a name is misspelt."""
         if not self.exit_on_error:  # a parser inside the parser, for the options of one class
             super().error(message, ex)
+        if missing := MISSING.search(message):
+            message = f"{missing[1]} needs the option '{missing[2]}'"
         unknown = UNKNOWN.search(message)
         if unknown and ("not accept" in message or "unrecognized" in message or "not expected" in message):
             known = {word for dest in self._all_keys() for word in (dest, dest.rsplit(".", 1)[-1])}

@@ -10,13 +10,15 @@ class StepProgressBar(RichProgressBar):
     """A rich progress bar that reads the loss terms only when it redraws: reading them makes the device wait.
 
     Args:
-        refresh_rate: steps between two redraws.
+        refresh_rate: steps between two redraws; 0 shows no bar.
     """
 
     def __init__(self, refresh_rate: int = 10):
         super().__init__(refresh_rate=refresh_rate)
 
     def _update_metrics(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.is_disabled:
+            return
         if trainer.global_step % self.refresh_rate == 0 or trainer.global_step >= trainer.max_steps:
             super()._update_metrics(trainer, pl_module)
 

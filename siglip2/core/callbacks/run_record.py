@@ -45,7 +45,9 @@ class RunRecord(Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             names = [n for n in trainer.callback_metrics if not n.startswith(("zero_shot/", "retrieval/"))]
             self._note(trainer, names)
-            self._keep("lr", trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"])
+            groups = trainer.optimizers[0].param_groups
+            plain = next((g for g in groups if g.get("lr_factor", 1.0) == 1.0), groups[0])  # without a rule's factor
+            self._keep("lr", trainer.global_step, plain["lr"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -34,17 +34,34 @@ def read_classes(path: str, languages: Sequence[str] | None = None) -> dict[str,
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no class names at {path}: expected a JSON file {{'classes': [...]}} in label order")
-    entries = json.loads(Path(path).read_text(encoding="utf-8")).get("classes") or []
-    names = [{ENGLISH: e} if isinstance(e, str) else e["names"] for e in entries]
-    if not names:
-        raise ValueError(f"{path} holds no classes: expected {{'classes': [...]}} in label order")
+    names = _names_of(path)
     common = set.intersection(*(set(n) for n in names))
     wanted = sorted(common) if languages is None else list(languages)
     if lacking := [x for x in wanted if x not in common]:
         raise ValueError(
             f"{path} has no name for some class in {', '.join(lacking)}; every class has {', '.join(sorted(common))}"
         )
+    if not wanted:
+        raise ValueError(f"{path}: there is no language in which every class has a name")
     return {language: [n[language] for n in names] for language in wanted}
+
+
+def _names_of(path: str) -> list[dict[str, str]]:
+    """Language -> name of each class."""
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    entries = stored.get("classes") if isinstance(stored, dict) else None
+    if not entries:
+        raise ValueError(f"{path} holds no classes: expected {{'classes': [...]}} in label order")
+    names: list[dict[str, str]] = []
+    for label, entry in enumerate(entries):
+        by_language = {ENGLISH: entry} if isinstance(entry, str) else isinstance(entry, dict) and entry.get("names")
+        if not by_language:
+            raise ValueError(f"{path}: class {label} is {entry!r}, expected a name or {{'names': {{language: name}}}}")
+        names.append(by_language)
+    return names
 
 
 def class_vectors(module: Any, names: Sequence[str], templates: Sequence[str], *, batch_size: int = 256) -> Tensor:

@@ -76,17 +76,25 @@ class SigLIP2Data(LightningDataModule):
         patchifier: Patchifier = self._hooks.hook.patchifier()
         return patchifier
 
+    @property
+    def _train_set(self) -> TrainSet:
+        if self.train is None:
+            raise ValueError("data.train is not set: give at least data.train.path")
+        return self.train
+
     @cached_property
     def train_source(self) -> Source:
         """The samples that are trained on, opened and checked."""
-        if self.train is None:
-            raise ValueError("data.train is not set: give at least data.train.path")
-        train = self.train
+        train = self._train_set
         source = open_source(
             train.path, format=train.format, fields=train.fields, cache_dir=train.cache_dir, max_bytes=train.max_bytes
         )
         check_source(source)
         return source
+
+    @property
+    def _train_maker(self) -> Maker:
+        return Maker(self.train_source, self.patchifier, self.tokenizer, self.seed, self._train_set.languages)
 
     @property
     def eval_sets(self) -> dict[str, EvalSet]:
@@ -111,12 +119,16 @@ class SigLIP2Data(LightningDataModule):
         self, *, max_batches: int, accumulate: int = 1, rank: int = 0, world_size: int = 1
     ) -> TrainBatches:
         """Returns the map from batch number to batch, for one rank."""
-        assert self.train is not None
-        maker = Maker(self.train_source, self.patchifier, self.tokenizer, self.seed, self.train.languages)
-        order = Order(self.train_source.shard_sizes(), self.seed, window=self.train.window)
+        order = Order(self.train_source.shard_sizes(), self.seed, window=self._train_set.window)
         views = [(phase.start, self.views_of(phase)) for phase in phases(self.recipe_plugins)]
         return TrainBatches(
-            maker, order, views, max_batches=max_batches, accumulate=accumulate, rank=rank, world_size=world_size
+            self._train_maker,
+            order,
+            views,
+            max_batches=max_batches,
+            accumulate=accumulate,
+            rank=rank,
+            world_size=world_size,
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -130,10 +142,8 @@ class SigLIP2Data(LightningDataModule):
 
     def rehearsal_batch(self, phase: Phase) -> Batch:
         """Returns two samples with the views of a phase."""
-        assert self.train is not None
-        maker = Maker(self.train_source, self.patchifier, self.tokenizer, self.seed, self.train.languages)
         views = self.views_of(phase)
-        return EvalBatches(maker, views, batch_size=min(2, share(self.patchifier.layout(0), 1)))[0]
+        return EvalBatches(self._train_maker, views, batch_size=min(2, share(self.patchifier.layout(0), 1)))[0]
 
     def eval_views(self, dataset: EvalSet) -> tuple[View, ...]:
         """Returns the views of an evaluation set: image and label, or image and a caption per language."""

@@ -206,8 +206,9 @@ def share(layout: Layout, world_size: int) -> int:
     """
     if layout.batch_size % world_size:
         lower = layout.batch_size // world_size * world_size
+        options = " or ".join(f"{size}" for size in (lower, lower + world_size) if size)
         raise ValueError(
             f"the global batch of {layout.batch_size} does not divide over {world_size} processes: set the "
-            f"patchifier's batch_size to {lower or world_size} or {lower + world_size}"
+            f"patchifier's batch_size to {options}"
         )
     return layout.batch_size // world_size

@@ -105,7 +105,8 @@ class TarSource:
             heads = list(pool.map(self._head, range(len(self.shards))))
         for shard, head in dict(zip(self.shards, heads, strict=True)).items():
             if head.damage:
-                log.warning("damaged shard in %s: %s", os.path.dirname(shard), head.damage)
+                advice = "write or download it again, then run `siglip2 index`"
+                log.warning("damaged shard in %s: %s; %s", os.path.dirname(shard), head.damage, advice)
         return [head.num_samples for head in heads]
 
     def _head(self, shard: int) -> IndexHead:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from siglip2.core.batch import Patches
-from siglip2.core.functional import grid_coords, patchify, resample_grid
+from siglip2.core.functional import grid_coords, patchify, resample_grid, sigmoid_loss
 from siglip2.core.model.two_towers import build_two_towers, unit_norm
 from siglip2.core.model.vision import TimmVisionTower, to_unit_range
 
@@ -199,3 +199,21 @@ def test_a_timm_vit_refuses_patches_without_a_common_grid(images):
     tower = TimmVisionTower("test_vit", patch_size=16, grid=(4, 4))
     with pytest.raises(ValueError, match="needs whole images: use a patchifier of one fixed grid"):
         tower(padded(images(), 1))
+
+
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_fresh_towers_with_the_published_bias_have_the_loss_of_unrelated_pairs(batch_size, images):
+    torch.manual_seed(0)
+    model = build_two_towers("tiny/16", patch_size=16, grid=(4, 4), vocab_size=50, context_length=8)
+    with torch.no_grad():
+        z_image = model.encode_image(images(batch_size=batch_size)).embedding
+        z_text = model.encode_text(torch.randint(50, (batch_size, 8))).embedding
+        loss = float(sigmoid_loss(z_image, z_text, scale=model.logit_scale, bias=model.logit_bias))
+        similarity = float((z_image @ z_text.T).abs().max())
+    # a logit is 10 s - 10; at random the cosine s of a pair is some 1 / sqrt(E): small, but not zero
+    assert 0 < similarity < 4 / model.embed_dim**0.5
+    expected = np.logaddexp(0, 10) + (batch_size - 1) * np.logaddexp(0, -10)  # every s = 0
+    # a positive costs softplus(10 - 10 s), so the mean cosine of the positives moves the loss by ten times itself
+    explained = expected - 10 * float((z_image * z_text).sum(1).mean())
+    # what is left, of positives and negatives alike, is at most a softplus(10 s - 10) for each of the texts
+    assert loss == pytest.approx(explained, abs=batch_size * np.logaddexp(0, 10 * similarity - 10))

@@ -1,0 +1,64 @@
+"""What was skipped is remembered over a resume, and named once in an evaluation."""
+
+import io
+import logging
+
+import pytest
+import torch
+
+from siglip2.core.batch import Batch, Fault
+from siglip2.core.callbacks.faults import EXAMPLES, FaultCounter
+
+
+def bad_batch(number, reason="no caption"):
+    return Batch({}, 4, number, faults=(Fault("a.tar", f"k{number}", f"{reason}: more"),))
+
+
+def through_a_checkpoint(state):
+    """As Lightning stores it, read back with nothing but plain values allowed."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_state_round_trips_through_a_checkpoint():
+    before, after = FaultCounter(max_bad=1.0), FaultCounter(max_bad=1.0)
+    for number in range(7):
+        before.on_train_batch_start(None, None, bad_batch(number, ("no caption", "broken")[number % 2]), number)
+    after.load_state_dict(through_a_checkpoint(before.state_dict()))
+    assert after.summary() == before.summary()
+    assert (after.bad, after.seen) == (7, 7 * 5)
+    assert after.reasons.most_common() == [("no caption", 4), ("broken", 3)]
+
+
+def test_resumed_counter_goes_on_counting_towards_the_limit():
+    before, after = FaultCounter(max_bad=0.1, patience=20), FaultCounter(max_bad=0.1, patience=20)
+    for number in range(3):
+        before.on_train_batch_start(None, None, bad_batch(number), number)
+    after.load_state_dict(through_a_checkpoint(before.state_dict()))
+    with pytest.raises(RuntimeError, match="4 of 20 samples could not be used"):
+        after.on_train_batch_start(None, None, bad_batch(3), 3)
+
+
+def test_only_the_last_examples_are_kept():
+    counter = FaultCounter(max_bad=1.0)
+    for number in range(EXAMPLES + 3):
+        counter.on_train_batch_start(None, None, bad_batch(number), number)
+    assert counter.examples == [f"a.tar: k{number}: no caption: more" for number in range(3, EXAMPLES + 3)]
+
+
+def test_sample_left_out_of_an_evaluation_is_named_once_and_not_held_against_training(caplog):
+    counter = FaultCounter(max_bad=0.0, patience=1)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            counter.on_validation_batch_start(None, None, bad_batch(1), 0)
+            counter.on_test_batch_start(None, None, bad_batch(2), 0)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [f"left out of the evaluation: a.tar: k{n}: no caption: more" for n in (1, 2)]
+    assert counter.bad == 0
+
+
+def test_share_out_of_range_is_an_error():
+    with pytest.raises(ValueError, match=r"max_bad is a share of the samples, in \[0, 1\], found 5"):
+        FaultCounter(max_bad=5)

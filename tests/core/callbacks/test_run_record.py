@@ -1,0 +1,33 @@
+"""The record of a run survives a resume, and its report cannot harm it."""
+
+from siglip2.cli.main import main
+from siglip2.cli.training import SigLIP2CLI
+
+
+def fitted(arguments):
+    cli = SigLIP2CLI(arguments, command="fit")
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    return cli.report
+
+
+def test_history_of_a_resumed_run_is_that_of_the_whole_run(tiny_recipe, tmp_path):
+    whole = fitted(tiny_recipe)
+    resumed = fitted([*tiny_recipe, "--ckpt_path", str(tmp_path / "step=5.ckpt")])
+    assert list(whole.history["train/loss"]) == list(range(1, 11))
+    for name in ("train/loss", "train/sigmoid", "logit_bias", "lr"):
+        assert resumed.history[name] == whole.history[name]
+    assert resumed._images == whole._images == 10 * 4
+    assert resumed._trained_s > 0
+
+
+def test_report_that_cannot_be_written_leaves_the_run_complete(tiny_recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    (tmp_path / "report.html").mkdir()  # where the report should be
+    main(["fit", *tiny_recipe])
+    assert (tmp_path / "step=10.ckpt").is_file()
+    assert "the report could not be written; the run itself is complete and saved" in capsys.readouterr().err
+
+
+def test_report_can_be_turned_off(tiny_recipe, tmp_path):
+    main(["fit", *tiny_recipe, "--report", "false"])
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,196 @@
+"""A checkpoint alone is enough to score, use and resume it; and the scores do not depend on how many look."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from webdataset import TarWriter
+
+import siglip2.registry
+from siglip2 import Objective, hookimpl
+from siglip2.cli.main import main
+from siglip2.core.views import IMAGE
+from siglip2.testing import TinySource
+
+
+class Extra(Objective):
+    """An objective of another package, with a parameter of its own."""
+
+    name = "extra"
+
+    @hookimpl
+    def setup(self, model):
+        self.head = nn.Linear(model.embed_dim, 1)
+
+    @hookimpl
+    def views(self):
+        return [IMAGE]
+
+    def loss(self, step):
+        return self.head(step.encode_image("image").embedding).square().mean()
+
+
+@pytest.fixture
+def extra_package(third_party_plugins):
+    """Installs a package with the plugin `extra`; `extra_package.remove()` takes it away again."""
+
+    class Module:
+        @hookimpl
+        def register_plugins(self):
+            return [Extra]
+
+    def remove():
+        third_party_plugins.clear()
+        siglip2.registry.catalogue.cache_clear()
+
+    dist = SimpleNamespace(name="extra-package", version="1.2")
+    third_party_plugins.append(SimpleNamespace(name="extra", value="extra", dist=dist, load=Module))
+    siglip2.registry.catalogue.cache_clear()
+    return SimpleNamespace(remove=remove)
+
+
+@pytest.fixture
+def ran(capsys, monkeypatch):
+    """Runs `siglip2 ...` and returns (stdout, stderr), on a terminal wide enough not to break lines."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def run(*arguments):
+        capsys.readouterr()
+        main([str(a) for a in arguments])
+        return capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def evaluation(toy_shards, tmp_path):
+    """Arguments for a zero-shot and a retrieval set; batches of five, so that the last one is uneven."""
+    names = [{"names": {"en": f"number {i}", "de": f"Nummer {i}"}} for i in range(8)]
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": names}))
+    toys = {"toys": {"path": str(toy_shards), "classes": str(tmp_path / "classes.json")}}
+    pairs = {"pairs": {"path": str(toy_shards), "languages": ["en", "de"], "fields": {"caption": "json.caption"}}}
+    sets = ["--data.zero_shot", json.dumps(toys), "--data.retrieval", json.dumps(pairs)]
+    return [*sets, "--data.eval_batch_size", "5", "--trainer.limit_val_batches", "1.0", "--report", "false"]
+
+
+def scores(printed):
+    """The rows of the printed tables: set, language and numbers, as text."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    assert sorted((row[0], row[1]) for row in rows) == [(name, x) for name in ("pairs", "toys") for x in ("de", "en")]
+    return rows
+
+
+def test_checkpoint_alone_scores_as_the_end_of_the_run(ran, tiny_recipe, evaluation, tmp_path):
+    expected = scores(ran("fit", *tiny_recipe, *evaluation).out)
+    assert [row[2] for row in expected] == ["16"] * 4
+    for command in ("validate", "test"):
+        assert scores(ran(command, "--ckpt_path", tmp_path / "step=10.ckpt").out) == expected
+    earlier = scores(ran("validate", f"--ckpt_path={tmp_path / 'step=5.ckpt'}").out)
+    assert earlier != expected  # the scores are those of the weights in the file
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_scoring_without_a_checkpoint_is_refused(command, tiny_recipe, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, *tiny_recipe])
+    assert stopped.value.code == 2
+    message = f"`siglip2 {command}` needs trained weights: give --ckpt_path, a file that `siglip2 fit` wrote"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.dist
+def test_two_processes_print_the_scores_and_counts_of_one(ran, tiny_recipe, evaluation, tmp_path):
+    """Sixteen samples in batches of five on two ranks: the last batch of each is partly or wholly filled up."""
+    ran("fit", *tiny_recipe, *evaluation)
+    expected = scores(ran("validate", "--ckpt_path", tmp_path / "step=10.ckpt").out)
+    command = [sys.executable, "-m", "siglip2", "validate", "--ckpt_path", str(tmp_path / "step=10.ckpt")]
+    ranks = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [*command, *ranks], cwd=root, env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert scores(done.stdout) == expected
+    assert "2 processes" in done.stderr or "MEMBER: 2/2" in done.stderr
+
+
+def test_predict_as_json_prints_one_object_per_picture_and_nothing_else(ran, tiny_recipe, tmp_path):
+    ran("fit", *tiny_recipe, "--report", "false")
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        path.write_bytes(TinySource().read(i).record["png"])
+    use = ["predict", "--ckpt_path", tmp_path / "step=10.ckpt", "--images", *paths, "--texts", "a", "b", "--json"]
+    assert [json.loads(line)["image"] for line in ran(*use).out.splitlines()] == [str(path) for path in paths]
+
+
+def test_plugin_that_is_not_installed_is_not_needed_to_predict(ran, tiny_recipe, tmp_path, extra_package):
+    ran("fit", *tiny_recipe, "--plugins.extra", "on", "--report", "false")
+    picture = tmp_path / "a.png"
+    picture.write_bytes(TinySource().read(3).record["png"])
+    use = ["predict", "--ckpt_path", tmp_path / "step=10.ckpt", "--images", picture, "--json", "--texts", "a", "b"]
+    with_it = ran(*use)
+    extra_package.remove()
+    without = ran(*use)
+    assert json.loads(without.out) == json.loads(with_it.out)
+    assert "trained with the plugin 'extra', which is not installed: doing without" in without.err
+    assert "plugin 'extra' is in the checkpoint but not in this recipe: it is dropped" in without.err
+    assert "not installed" not in with_it.err
+
+
+def test_printed_recipe_with_a_plugin_off_works_where_it_is_not_installed(ran, tiny_recipe, tmp_path, extra_package):
+    def printed(*arguments):
+        with pytest.raises(SystemExit):
+            ran("fit", *arguments, "--print_config")
+
+    for name in ("here", "there"):
+        given = tiny_recipe if name == "here" else ["--config", str(tmp_path / "here.yaml")]
+        with pytest.MonkeyPatch.context() as patch, (tmp_path / f"{name}.yaml").open("w") as file:
+            patch.setattr(sys, "stdout", file)
+            printed(*given)
+        extra_package.remove()
+    here, there = (yaml.safe_load((tmp_path / f"{name}.yaml").read_text()) for name in ("here", "there"))
+    assert "extra" in here["plugins"]
+    assert here["plugins"].pop("extra") is None
+    assert there == here
+
+
+def test_checkpoint_alone_is_resumed_with_the_recipe_in_it(ran, tiny_recipe, tmp_path):
+    ran("fit", *tiny_recipe, "--model.warmup", "3", "--report", "false")
+    last = tmp_path / "step=10.ckpt"
+    whole = torch.load(last, weights_only=True)
+    last.unlink()
+    ran("fit", "--ckpt_path", tmp_path / "step=5.ckpt")
+    resumed = torch.load(last, weights_only=True)
+    assert resumed["global_step"] == 10
+    assert resumed["siglip2"]["recipe"]["model"] == whole["siglip2"]["recipe"]["model"]
+    assert resumed["siglip2"]["recipe"]["model"]["warmup"] == 3
+    assert resumed["state_dict"].keys() == whole["state_dict"].keys()
+    assert all(torch.equal(tensor, whole["state_dict"][name]) for name, tensor in resumed["state_dict"].items())
+
+
+def test_broken_picture_is_named_and_left_out_of_the_scores(ran, tiny_recipe, evaluation, tmp_path):
+    ran("fit", *tiny_recipe, *evaluation)
+    folder, source = tmp_path / "broken", TinySource()
+    folder.mkdir()
+    with open(folder / "a.tar", "wb") as file, TarWriter(file, encoder=False) as tar:
+        for i in range(16):
+            sample = source.read(i)
+            picture = b"\x89PNG broken" if i == 12 else sample.record["png"]
+            tar.write({"__key__": sample.key, "png": picture, "json": sample.record["json"]})
+    sets = yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]
+    for kind in ("zero_shot", "retrieval"):
+        for settings in sets[kind].values():
+            settings["path"] = str(folder)
+    changed = [x for kind in ("zero_shot", "retrieval") for x in (f"--data.{kind}", json.dumps(sets[kind]))]
+    printed = ran("validate", "--ckpt_path", tmp_path / "step=10.ckpt", *changed)
+    assert [row[2] for row in scores(printed.out)] == ["15"] * 4
+    named = re.findall(r"left out of the evaluation: (\S+): (\w+): (.*)", printed.err)
+    assert [(where, key) for where, key, _ in named] == [(str(folder / "a.tar"), "0012")]
