@@ -7,12 +7,14 @@ from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import CheckpointIO
 
 from siglip2.cli.console import print_scores, set_up_logging
 from siglip2.cli.from_checkpoint import recipe_of_checkpoint, with_checkpoint
 from siglip2.core.callbacks.faults import FaultCounter
+from siglip2.core.callbacks.progress import StepProgressBar
 from siglip2.core.callbacks.retrieval import Retrieval
 from siglip2.core.callbacks.run_record import RunRecord
 from siglip2.core.callbacks.save_the_end import SaveTheEnd
@@ -115,12 +117,20 @@ class SigLIP2CLI(LightningCLI):
         if self.command == "fit":
             always += [Throughput(), SaveTheEnd(), self.report]
             kwargs.update(self._validation_within_the_run())
+        if self._wants_progress_bar():
+            always.append(StepProgressBar())
         self.trainer_defaults = {"callbacks": always}
         chosen = self.config_init.trainer.plugins or []
         chosen = [*chosen] if isinstance(chosen, list) else [chosen]
         if not any(isinstance(plugin, CheckpointIO) for plugin in chosen):
             chosen.append(AtomicCheckpointIO())
         return super().instantiate_trainer(plugins=chosen, **kwargs)
+
+    def _wants_progress_bar(self) -> bool:
+        settings = self.config_init.trainer
+        chosen = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
+        own = any(isinstance(callback, ProgressBar) for callback in chosen)
+        return settings.enable_progress_bar is not False and not settings.barebones and not own
 
     def _validation_within_the_run(self) -> dict[str, Any]:
         """Returns a validation interval that Lightning accepts when a recipe is cut short: once, at the end."""
