@@ -1,4 +1,4 @@
-"""Images per second, and the share of time spent waiting for the loader."""
+"""Images per second, and the share of time spent between steps, mostly waiting for the loader."""
 
 import time
 from typing import Any
@@ -9,7 +9,9 @@ from siglip2.core.batch import Batch
 
 
 class Throughput(Callback):
-    """Logs `images_per_s` over all ranks and `waiting`, the share of wall time in which no batch was there.
+    """Logs `images_per_s` over all ranks and `waiting`, the share of wall time between steps.
+
+    Between steps a run waits for the loader; writing a checkpoint and other callbacks count, too.
 
     Args:
         every: steps over which both are averaged.
