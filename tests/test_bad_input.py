@@ -141,6 +141,10 @@ def test_warmup_longer_than_the_run_is_an_error(failed, tiny_recipe):
     assert "model.warmup is 10 steps, expected fewer than" in failed("fit", *tiny_recipe, "--model.warmup", "10")
 
 
+def test_run_without_a_number_of_steps_is_told_to_give_one(failed, tiny_recipe):
+    assert "trainer.max_steps is not set" in failed("fit", *tiny_recipe, "--trainer.max_steps", "-1")
+
+
 def test_accumulation_is_refused_for_a_loss_over_pairs(failed, tiny_recipe):
     message = failed("fit", *tiny_recipe, "--trainer.accumulate_grad_batches", "2")
     assert "sigmoid would see only the pairs inside each micro-batch" in message

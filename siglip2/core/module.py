@@ -180,6 +180,10 @@ class SigLIP2Module(LightningModule):
 
     def configure_optimizers(self) -> Any:
         steps = self.trainer.max_steps
+        if steps < 1:
+            raise ValueError(
+                "trainer.max_steps is not set: a recipe is a share of its steps, so give the number of optimizer steps"
+            )
         if not 0 <= self.warmup < steps:
             raise ValueError(f"model.warmup is {self.warmup} steps, expected fewer than trainer.max_steps = {steps}")
         optimizer = self.make_optimizer(param_groups(self, self.rules))
@@ -192,10 +196,6 @@ class SigLIP2Module(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        if self.trainer.max_steps < 1:
-            raise ValueError(
-                "trainer.max_steps is not set: a recipe is a share of its steps, so give the number of optimizer steps"
-            )
         self._check_accumulation()
         self._check_sleepers()
         if self.rehearsal:

@@ -1,6 +1,5 @@
 """What every plugin is: an `nn.Module` with hooks, awake for a stretch of progress."""
 
-from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
@@ -59,7 +58,6 @@ class Objective(Plugin):
         super().__init__(start=start, stop=stop)
         self.weight = weight
 
-    @abstractmethod
     def loss(self, step: "Step") -> Tensor:
         """Returns the unweighted loss of one step, a scalar."""
         raise NotImplementedError(f"objective '{self.name}' has no `loss(self, step)`")

@@ -1,6 +1,6 @@
 """What evaluation callbacks share: the same three calls under `validate`, `test` and during `fit`."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from siglip2.core.batch import Batch
 
 
-class Evaluation(Callback):
+class Evaluation(Callback, ABC):
     """A callback that scores the embeddings of evaluation sets; it starts, updates per batch, and finishes.
 
     Attributes:
