@@ -43,3 +43,13 @@ def gather(rows: Tensor) -> Tensor:
         rows: [B, ...], the same shape on every rank.
     """
     return _Gather.apply(rows) if world_size() > 1 else rows
+
+
+@torch.no_grad()
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Returns the mean of a tensor over all ranks, without gradient; the tensor itself on one rank."""
+    if world_size() == 1:
+        return value.detach()
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()

@@ -1,0 +1,84 @@
+"""What losses of a student towards its teacher share: the projection head with its prototypes, and the centre."""
+
+# M rows (images or patches), K prototypes, D bottleneck width
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from siglip2.core.distributed import mean_over_ranks
+
+
+class ProjectionHead(nn.Module):
+    """Three-layer MLP to a unit-norm bottleneck, and unit-norm prototypes to compare it with.
+
+    Source: facebookresearch/dino, vision_transformer.py, DINOHead without batch norm. Its last layer, weight-normalised
+    with the gain fixed to 1 and without bias, is the prototypes here; logits are their dot products with the output.
+    Those are [M, K] and not made here: `siglip2.core.chunked.consistency` makes them a chunk at a time.
+
+    Args:
+        width: width of the features.
+        hidden: width of the two hidden layers.
+        bottleneck: width of the output.
+        prototypes: number of prototypes.
+    """
+
+    def __init__(self, width: int, *, hidden: int = 2048, bottleneck: int = 256, prototypes: int = 65536):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )
+        self.prototype_weight = nn.Parameter(torch.empty(prototypes, bottleneck))
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the unit-norm projection of features [..., width], float32 [..., D]."""
+        return _unit_norm(self.mlp(x))
+
+    def prototypes(self) -> Tensor:
+        """Returns the unit-norm prototypes, float32 [K, D], with gradient to `prototype_weight`."""
+        return _unit_norm(self.prototype_weight)
+
+
+def _unit_norm(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=-1, eps=1e-6)  # of a zero row, 0 with a gradient that is large but finite
+
+
+class Centre(nn.Module):
+    """Running mean of the teacher's logits, subtracted before its softmax so that no prototype wins for every image.
+
+    Source: Caron et al. (DINO), https://arxiv.org/abs/2104.14294, eq. 4: c <- m c + (1 - m) mean of the logits.
+
+    Args:
+        prototypes: number of prototypes.
+        momentum: m, the share of the old centre that stays, in [0, 1]; DINO and iBOT have 0.9.
+    """
+
+    value: Tensor
+    """The centre, float32 [K], 0 at the start."""
+
+    def __init__(self, prototypes: int, *, momentum: float = 0.9):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("value", torch.zeros(prototypes))
+
+    @torch.no_grad()
+    def update(self, z_teacher_MD: Tensor, prototypes_teacher_KD: Tensor) -> None:
+        """Moves the centre towards the mean logits of a batch; call it once per step, after the loss.
+
+        Args:
+            z_teacher_MD: the teacher's embeddings, the same M on every rank.
+            prototypes_teacher_KD: the teacher's prototypes, equal on every rank.
+        """
+        mean_D = mean_over_ranks(z_teacher_MD.float().mean(0))
+        with torch.autocast(mean_D.device.type, enabled=False):
+            mean_K = prototypes_teacher_KD.float() @ mean_D  # logits are linear: their mean is that of the mean
+        self.value.lerp_(mean_K, 1 - self.momentum)
