@@ -38,7 +38,7 @@ class Patches:
 
 @dataclass(frozen=True)
 class Fault:
-    """A sample that could not be used, and why: shard or file, key, reason."""
+    """A sample, or a part of one, that could not be used, and why: shard or file, key, reason."""
 
     where: str
     key: str
@@ -57,6 +57,7 @@ class Batch:
         keys: sample keys of the rows as they were loaded, before any curation.
         real: [B] bool in evaluation, false for rows that only fill up the last batch; None in training.
         faults: samples that were skipped and replaced while this batch was made.
+        notes: parts of samples that were left out: a bad box, the end of a long caption.
     """
 
     views: dict[str, Any]
@@ -65,6 +66,7 @@ class Batch:
     keys: tuple[str, ...] = ()
     real: Tensor | None = None
     faults: tuple[Fault, ...] = field(default=())
+    notes: tuple[Fault, ...] = field(default=())
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Returns the batch with `function` applied to every tensor."""

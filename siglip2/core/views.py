@@ -5,7 +5,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -72,6 +72,38 @@ class ImageView:
         return context.patchifier(sample.image(), self, context.layout)
 
 
+class Text(NamedTuple):
+    """A text and the code of its language, "" if it has none."""
+
+    language: str
+    text: str
+
+
+def shares(captions: Mapping[str, list[str]], context: Context, language: str | None = None) -> dict[str, float]:
+    """Returns with which weight a text is drawn in each language; empty if there is none that may be drawn.
+
+    Args:
+        captions: language -> its texts.
+        context: `languages` gives the weights, as for captions; a language that is alone needs no weight.
+        language: only this one; None takes all.
+    """
+    found = sorted(code for code, texts in captions.items() if texts and language in (None, code))
+    if len(found) == 1 or context.languages is None:
+        return dict.fromkeys(found, 1.0)
+    return {code: share for code in found if (share := context.languages.get(code, 0.0)) > 0}
+
+
+def draw_text(captions: Mapping[str, list[str]], context: Context, language: str | None = None) -> Text | None:
+    """Returns one text drawn by the shares of the languages, then evenly; None if there is none that may be drawn."""
+    weights = shares(captions, context, language)
+    if not weights:
+        return None
+    total = sum(weights.values())
+    drawn = context.rng.choice(len(weights), p=[weight / total for weight in weights.values()])
+    code = list(weights)[int(drawn)]
+    return Text(code, captions[code][int(context.rng.integers(len(captions[code])))])
+
+
 @dataclass(frozen=True)
 class TextView:
     """One caption as token ids [1, T] int32.
@@ -86,20 +118,14 @@ class TextView:
     copies: int = 1
 
     def __call__(self, sample: "Sample", context: Context) -> Tensor:
-        texts = self._texts(sample.captions(), sample, context)
-        text = texts[int(context.rng.integers(len(texts)))] if len(texts) > 1 else texts[0]
-        return torch.as_tensor(context.tokenizer(text))[None]
-
-    def _texts(self, captions: dict[str, list[str]], sample: "Sample", context: Context) -> list[str]:
-        languages = sorted(language for language, texts in captions.items() if texts)
-        if self.language is not None:
-            languages = [self.language] if self.language in languages else []
-        weights = np.array([1.0 if context.languages is None else context.languages.get(x, 0.0) for x in languages])
-        if self.language is not None or len(languages) == 1:
-            weights = np.ones(len(languages))
-        if not weights.sum():
+        captions = sample.captions()
+        drawn = draw_text(captions, context, self.language)
+        if drawn is None:
             raise sample.bad(f"no caption in {self.language or context.languages}, it has {sorted(captions)}")
-        return captions[languages[int(context.rng.choice(len(languages), p=weights / weights.sum()))]]
+        ids, contract = context.tokenizer.ids(drawn.text), context.tokenizer.contract
+        if len(ids) > contract.room:
+            sample.note(f"caption cut: {len(ids)} tokens, the text tower reads {contract.room} and their end")
+        return torch.tensor([contract.fit(ids)], dtype=torch.int32)
 
 
 @dataclass(frozen=True)

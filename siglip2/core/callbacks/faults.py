@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from siglip2.core.batch import Batch
+from siglip2.core.batch import Batch, Fault
 
 log = logging.getLogger(__name__)
 NAMED = 100  # faults named one by one; later ones only count
@@ -15,6 +15,8 @@ EXAMPLES = 5
 
 class FaultCounter(Callback):
     """Watches `Batch.faults`: training batches are held to a share, evaluation batches are reported.
+
+    What was left out of samples that are used otherwise (`Batch.notes`) is counted and logged, and never stops a run.
 
     Args:
         max_bad: share of unusable samples from which the run stops.
@@ -26,6 +28,7 @@ class FaultCounter(Callback):
             raise ValueError(f"max_bad is a share of the samples, in [0, 1], found {max_bad}")
         self.max_bad, self.patience = max_bad, patience
         self.seen, self.reasons, self.examples = 0, Counter[str](), list[str]()
+        self.notes = Counter[str]()
         self._left_out: set[tuple[str, str]] = set()
 
     @property
@@ -40,7 +43,11 @@ class FaultCounter(Callback):
             if self.bad < NAMED:
                 log.warning("skipped a sample: %s", line)
             self.examples = [*self.examples, line][-EXAMPLES:]
-            self.reasons[fault.reason.split(":")[0]] += 1
+            self.reasons[_kind(fault)] += 1
+        for note in batch.notes:
+            if self.notes.total() < NAMED:
+                log.warning("left a part of a sample out: %s: %s: %s", note.where, note.key, note.reason)
+            self.notes[_kind(note)] += 1
         if self.seen >= self.patience and self.bad > self.max_bad * self.seen:
             raise RuntimeError(self.summary())
 
@@ -57,6 +64,9 @@ class FaultCounter(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.bad:
             log.warning("%s", self.summary(stopped=False))
+        if self.notes:
+            kinds = ", ".join(f"{count} x {reason}" for reason, count in self.notes.most_common(5))
+            log.warning("parts of samples that were left out, in %d samples seen: %s", self.seen, kinds)
 
     def summary(self, stopped: bool = True) -> str:
         """Returns what was skipped and why, and what to do."""
@@ -70,8 +80,19 @@ class FaultCounter(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": self.seen, "reasons": dict(self.reasons), "examples": list(self.examples)}
+        return {
+            "seen": self.seen,
+            "reasons": dict(self.reasons),
+            "examples": list(self.examples),
+            "notes": dict(self.notes),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seen, self.reasons = state_dict["seen"], Counter(state_dict["reasons"])
         self.examples = list(state_dict["examples"])
+        self.notes = Counter(state_dict.get("notes", {}))
+
+
+def _kind(fault: Fault) -> str:
+    """What went wrong without the particulars, which follow a colon."""
+    return fault.reason.split(":")[0]

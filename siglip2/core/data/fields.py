@@ -181,6 +181,7 @@ class Sample:
         record: extension or column -> stored value.
         fields: what the record's entries mean.
         unread: names of what else is stored for it, left out of `record` because no field can be in it.
+        notes: what of it could not be used although the sample can: a bad box, a caption cut short.
     """
 
     key: str
@@ -188,12 +189,18 @@ class Sample:
     record: dict[str, Any] = field(repr=False)
     fields: Fields = field(default_factory=Fields)
     unread: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
     _parsed: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _image: "Tensor | None" = field(default=None, init=False, repr=False, compare=False)
 
     def bad(self, reason: str) -> BadSample:
         """The exception that says this sample cannot be used, and why."""
         return BadSample(self.where, self.key, reason)
+
+    def note(self, reason: str) -> None:
+        """Remembers that a part of the sample could not be used, once per reason; it is counted and logged."""
+        if reason not in self.notes:
+            self.notes.append(reason)
 
     def has(self, name: str) -> bool:
         """Whether the field is there; BadSample if the file it would be in cannot be read."""

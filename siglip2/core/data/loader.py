@@ -2,8 +2,8 @@
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -17,6 +17,14 @@ from siglip2.core.layout import Layout, Patchifier
 from siglip2.core.views import Context, View
 
 ATTEMPTS = 32
+
+
+class Row(NamedTuple):
+    """The views of one sample by name, its key, and what parts of it were left out."""
+
+    key: str
+    views: dict[str, Any]
+    notes: list[Fault]
 
 
 @dataclass(frozen=True)
@@ -37,12 +45,11 @@ class Maker:
     seed: int
     languages: Mapping[str, float] | None = None
 
-    def row(
-        self, sample_index: int, *, position: int, views: Sequence[View], layout: Layout
-    ) -> tuple[str, dict[str, Any]]:
-        """Returns the key and the views of one sample; raises BadSample."""
+    def row(self, sample_index: int, *, position: int, views: Sequence[View], layout: Layout) -> Row:
+        """Returns the views of one sample; raises BadSample."""
         sample = self.source.read(sample_index)
-        return sample.key, {view.name: view(sample, self._context(view, position, layout)) for view in views}
+        made = {view.name: view(sample, self._context(view, position, layout)) for view in views}
+        return Row(sample.key, made, [Fault(sample.where, sample.key, reason) for reason in sample.notes])
 
     def _context(self, view: View, position: int, layout: Layout) -> Context:
         entropy = (self.seed, position, zlib.crc32(view.name.encode()))
@@ -95,8 +102,7 @@ class TrainBatches(Dataset[Batch]):
         rows = []
         for position, sample in enumerate(samples.tolist(), start=first):
             rows.append(self._good_row(sample, position, views, layout, faults))
-        keys = tuple(key for key, _ in rows)
-        return Batch(collate([row for _, row in rows]), size, index, keys, faults=tuple(faults))
+        return join(rows, size=size, index=index, faults=faults)
 
     def views_at(self, progress: float) -> tuple[View, ...]:
         """Returns the views that are made at `progress`."""
@@ -109,7 +115,7 @@ class TrainBatches(Dataset[Batch]):
         self._known_start = (index, position)
         return position
 
-    def _good_row(self, sample: int, position: int, views: Sequence[View], layout: Layout, faults: list[Fault]) -> Any:
+    def _good_row(self, sample: int, position: int, views: Sequence[View], layout: Layout, faults: list[Fault]) -> Row:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return self.maker.row(sample, position=position, views=views, layout=layout)
@@ -120,6 +126,13 @@ class TrainBatches(Dataset[Batch]):
             f"{ATTEMPTS} samples in a row could not be used; the last: {faults[-1].where}, key {faults[-1].key}: "
             f"{faults[-1].reason}. Check data.train with `siglip2 index` and its fields"
         )
+
+
+def join(rows: Sequence[Row], *, size: int, index: int, faults: Sequence[Fault] = ()) -> Batch:
+    """Returns the rows as batch number `index`."""
+    notes = tuple(note for row in rows for note in row.notes)
+    keys = tuple(row.key for row in rows)
+    return Batch(collate([row.views for row in rows]), size, index, keys, faults=tuple(faults), notes=notes)
 
 
 class EvalBatches(Dataset[Batch]):
@@ -160,11 +173,10 @@ class EvalBatches(Dataset[Batch]):
             row, good = self._row(position, layout, faults)
             rows.append(row)
             real.append(good and position < self.num_samples)
-        keys = tuple(key for key, _ in rows)
-        views = collate([row for _, row in rows])
-        return Batch(views, self.batch_size, index, keys, torch.tensor(real), faults=tuple(faults))
+        batch = join(rows, size=self.batch_size, index=index, faults=faults)
+        return replace(batch, real=torch.tensor(real))
 
-    def _row(self, position: int, layout: Layout, faults: list[Fault]) -> tuple[Any, bool]:
+    def _row(self, position: int, layout: Layout, faults: list[Fault]) -> tuple[Row, bool]:
         for other in range(self.num_samples):  # a bad sample, or one past the end, is filled in by a later one
             sample = (position + other) % self.num_samples
             try:

@@ -88,10 +88,15 @@ class TextContract:
             return text.translate(_LOWER_ASCII) if self.lowercase_ascii_only else text.lower()
         return text
 
+    @property
+    def room(self) -> int:
+        """How many ids of a caption fit beside EOS and, if asked for, BOS."""
+        return self.length - 1 - self.bos
+
     def fit(self, ids: Sequence[int]) -> list[int]:
         """Returns `length` ids: BOS if asked for, as many of `ids` as fit, EOS, padding."""
         head = [self.bos_id] if self.bos and self.bos_id is not None else []
-        kept = [*head, *ids[: self.length - 1 - len(head)], self.eos_id]
+        kept = [*head, *ids[: self.room], self.eos_id]
         return kept + [self.pad_id] * (self.length - len(kept))
 
     def to_dict(self) -> dict[str, Any]:
