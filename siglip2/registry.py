@@ -167,5 +167,28 @@ def plugins_class(order: Iterable[str]) -> type:
 
 
 def in_order(plugins: Any) -> list[Plugin]:
-    """Returns the instances that an instance of `plugins_class` holds, in recipe order."""
-    return [p for f in fields(plugins) if (p := getattr(plugins, f.name)) is not None]
+    """Returns the instances that an instance of `plugins_class` holds, in recipe order; checks what they need."""
+    chosen = [p for f in fields(plugins) if (p := getattr(plugins, f.name)) is not None]
+    check_needs(chosen)
+    return chosen
+
+
+def check_needs(plugins: Iterable[Plugin]) -> None:
+    """Raises ValueError if a plugin needs an encoder that no other one offers for as long, and says what to add.
+
+    Args:
+        plugins: the plugins of one recipe.
+    """
+    plugins = list(plugins)
+    for plugin, encoder in [(p, e) for p in plugins for e in p.needs]:
+        offering = [p for p in plugins if encoder in p.offers]
+        if not offering:
+            known = [name for name, entry in catalogue().items() if encoder in entry.cls.offers]
+            cure = f"add `{known[0]}` to the recipe's plugins" if known else "no installed plugin offers it"
+            raise ValueError(f"plugin '{plugin.name}' needs the encoder '{encoder}': {cure}, or drop '{plugin.name}'")
+        if not any(p.start <= plugin.start and plugin.stop <= p.stop for p in offering):
+            found = " and ".join(f"'{p.name}' is awake from {p.start:g} to {p.stop:g}" for p in offering)
+            raise ValueError(
+                f"plugin '{plugin.name}' needs the encoder '{encoder}' from {plugin.start:g} to {plugin.stop:g} of the "
+                f"run, but {found}: give both the same `start` and `stop`"
+            )

@@ -84,20 +84,24 @@ def test_hook_wake_is_called_once_at_the_first_step_past_start():
 
     late, early = Wakes(start=0.5), Mean()
     module = tiny_module([early, late])
+    called = []
     for progress in (0.0, 0.49, 0.5, 0.6):
         module.wake_due(progress)
-    assert late.calls == ["wake"]
+        called.append(len(late.calls))
+    assert called == [0, 0, 1, 1]
 
 
-def test_hook_wake_is_not_called_on_a_plugin_that_is_awake_from_the_start():
+def test_hook_wake_is_called_before_the_first_step_of_a_plugin_that_is_awake_from_the_start():
     class Wakes(Recorder):
         @hookimpl
         def wake(self, model):
             self.calls.append("wake")
 
     plugin = Wakes()
-    tiny_module([plugin]).wake_due(0.0)
-    assert plugin.calls == []
+    module = tiny_module([plugin])
+    module.wake_due(0.0)
+    module.wake_due(0.1)
+    assert plugin.calls == ["wake"]
 
 
 def test_hook_curate_reduces_the_batch_that_losses_see():
@@ -118,16 +122,16 @@ def test_hook_losses_of_an_objective_is_weight_times_loss():
     assert torch.equal(plugin.losses(step)["mean"], 0.25 * plugin.loss(step))
 
 
-def test_hook_after_step_is_called_with_the_model():
+def test_hook_after_step_is_called_with_the_model_and_the_progress():
     class After(Recorder):
         @hookimpl
-        def after_step(self, model):
-            self.calls.append(model)
+        def after_step(self, model, progress):
+            self.calls.append((model, progress))
 
     plugin = After()
     module = tiny_module([plugin])
-    module.awake_hook("after_step", 0.0)(model=module.model)
-    assert plugin.calls == [module.model]
+    module.awake_hook("after_step", 0.25)(model=module.model, progress=0.25)
+    assert plugin.calls == [(module.model, 0.25)]
 
 
 def test_no_hook_is_without_a_test():
@@ -155,7 +159,7 @@ def named(name, order):
 
 def test_hooks_run_in_recipe_order():
     order = []
-    build_manager(named(n, order) for n in "cab").hook.after_step(model=None)
+    build_manager(named(n, order) for n in "cab").hook.after_step(model=None, progress=0.0)
     assert order == ["c", "a", "b"]
 
 

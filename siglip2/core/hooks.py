@@ -43,8 +43,8 @@ class BuildSpecs:
         """Returns the views this plugin reads; the same name with another description is an error."""
 
     @hookspec
-    def setup(self, model: "TwoTowers") -> None:
-        """Builds the plugin's own modules, sized from the model (`model.vision.width`, ...)."""
+    def setup(self, model: "TwoTowers", heads: "dict[str, nn.Module]") -> None:
+        """Builds the plugin's own modules, sized from the model; adds to `heads` those that a teacher should follow."""
 
     @hookspec
     def encoders(self) -> "dict[str, nn.Module]":  # type: ignore[empty-body]
@@ -56,7 +56,7 @@ class StepSpecs:
 
     @hookspec
     def wake(self, model: "TwoTowers") -> None:
-        """Called once, at the first step whose progress has reached `start` > 0; on resume only if it is new there."""
+        """Called once, before the plugin's first step; on resume only if the checkpoint has not seen it awake."""
 
     @hookspec(firstresult=True)
     def curate(self, step: "Step") -> "Tensor | None":
@@ -67,7 +67,7 @@ class StepSpecs:
         """Returns weighted scalar loss terms by name; `Objective` implements it as weight * loss(step)."""
 
     @hookspec
-    def after_step(self, model: "TwoTowers") -> None:
+    def after_step(self, model: "TwoTowers", progress: float) -> None:
         """Called after each optimizer step, not per micro-batch."""
 
 

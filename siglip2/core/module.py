@@ -93,12 +93,14 @@ class SigLIP2Module(LightningModule):
             fused_attention=fused_attention,
         )
         self.plugins = nn.ModuleDict({p.name: p for p in plugins})
-        self.hooks.hook.setup(model=self.model)
+        self.heads: dict[str, nn.Module] = {}  # each belongs to the plugin that registered it
+        self.hooks.hook.setup(model=self.model, heads=self.heads)
         self.phases = phases(plugins)
         self.rules = [KERNELS_ONLY, *rules]
         self.make_optimizer, self.warmup = optimizer, warmup
         self.recipe: dict[str, Any] = {}
         self.woken: set[str] = set()
+        self.scalars: dict[str, Tensor] = {}
         check_rules((n for n, _ in self.named_parameters()), rules)
         freeze(self, self.rules)
 
@@ -110,6 +112,7 @@ class SigLIP2Module(LightningModule):
         terms: dict[str, Tensor] = {}
         for answer in self.awake_hook("losses", progress)(step=step):
             merge_unique(terms, answer, "loss term")
+        self.scalars = step.scalars
         return terms
 
     def make_step(self, batch: Batch, progress: float) -> Step:
@@ -119,7 +122,7 @@ class SigLIP2Module(LightningModule):
         for answer in offered:
             merge_unique(encoders, answer, "encoder")
         del encoders[STUDENT]  # it was there so that no plugin takes its name
-        return Step(self.model, batch, progress=progress, encoders=encoders)
+        return Step(self.model, batch, progress=progress, encoders=encoders, heads=self.heads)
 
     def awake_hook(self, name: str, progress: float) -> Any:
         """Returns the caller of a hook that leaves out the plugins asleep at `progress`."""
@@ -139,15 +142,16 @@ class SigLIP2Module(LightningModule):
             {f"train/{name}": term.detach() for name, term in terms.items()}, prog_bar=True, batch_size=batch.size
         )
         self.log("train/loss", total.detach(), batch_size=batch.size)
+        self.log_dict({f"train/{name}": value for name, value in self.scalars.items()}, batch_size=batch.size)
         self.log("logit_scale", self.model.logit_scale.detach().exp().mean(), batch_size=batch.size)
         self.log("logit_bias", self.model.logit_bias.detach().mean(), batch_size=batch.size)
         return total
 
     def wake_due(self, progress: float) -> None:
-        """Calls `wake` on every plugin whose `start` > 0 has just been reached."""
+        """Calls `wake` on every plugin whose first step this is."""
         for name in phase_at(self.phases, progress).awake:
             plugin = cast(Plugin, self.plugins[name])
-            if plugin.start > 0 and name not in self.woken:
+            if name not in self.woken:
                 others = [p for p in self.plugins.values() if p is not plugin]
                 self.hooks.subset_hook_caller("wake", others)(model=self.model)
                 self.woken.add(name)
@@ -155,10 +159,10 @@ class SigLIP2Module(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         progress = self.progress  # of the step just taken: Lightning has not counted it yet
         super().optimizer_step(*args, **kwargs)
-        self.awake_hook("after_step", progress)(model=self.model)
+        self.awake_hook("after_step", progress)(model=self.model, progress=progress)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Returns the embeddings [b, E] of every image and text view, and label views as they are."""
+        """Returns the embeddings [b, E] of every image and caption view, and other views as they are."""
         return self.embed(batch)
 
     test_step = validation_step
@@ -167,12 +171,15 @@ class SigLIP2Module(LightningModule):
         return self.embed(batch)
 
     def embed(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns the unit-norm embedding [b, E] of each image and text view by name; other views pass through."""
+        """Returns the unit-norm embedding [b, E] of each image and caption view by name.
+
+        Labels, boxes and region texts pass through.
+        """
         out = {}
         for name, view in batch.views.items():
             if isinstance(view, Patches):
                 out[name] = self.model.encode_image(view).embedding
-            elif view.ndim == 2:
+            elif view.ndim == 2 and not view.is_floating_point() and not name.startswith("region_text"):
                 out[name] = self.model.encode_text(view).embedding
             else:
                 out[name] = view
@@ -219,7 +226,8 @@ class SigLIP2Module(LightningModule):
     def _check_sleepers(self) -> None:
         strategy = self.trainer.strategy
         plugins = cast(Iterable[tuple[str, Plugin]], self.plugins.items())
-        sleepers = [n for n, p in plugins if (p.start > 0 or p.stop < 1) and any(True for _ in p.parameters())]
+        trained = [(n, p) for n, p in plugins if any(x.requires_grad for x in p.parameters())]
+        sleepers = [n for n, p in trained if p.start > 0 or p.stop < 1]
         if isinstance(strategy, DDPStrategy) and sleepers and not strategy._ddp_kwargs.get("find_unused_parameters"):
             raise ValueError(
                 f"plugins that sleep for part of the run ({', '.join(sleepers)}) have parameters without gradient "

@@ -24,6 +24,12 @@ class Plugin(nn.Module):
 
     name: ClassVar[str]
 
+    offers: ClassVar[tuple[str, ...]] = ()
+    """Names of the image encoders that its `encoders` hook returns."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Names of the image encoders that another plugin of the recipe has to offer while this one is awake."""
+
     def __init__(self, start: float = 0.0, stop: float = 1.0):
         super().__init__()
         if not 0 <= start < stop <= 1:

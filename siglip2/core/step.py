@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from siglip2.core.batch import Batch
 from siglip2.core.model.two_towers import ImageFeatures, TextFeatures, TwoTowers, image_features
@@ -20,13 +20,21 @@ class Step:
         batch: the views of this rank.
         progress: optimizer steps done / max_steps, in [0, 1).
         encoders: further image encoders by name (`teacher`, `reference`), run without gradient.
+        heads: the student's heads by name, those that objectives registered in `setup`.
     """
 
     def __init__(
-        self, model: TwoTowers, batch: Batch, *, progress: float, encoders: Mapping[str, nn.Module] | None = None
+        self,
+        model: TwoTowers,
+        batch: Batch,
+        *,
+        progress: float,
+        encoders: Mapping[str, nn.Module] | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
     ):
         self.model, self.batch, self.progress = model, batch, progress
-        self.encoders = dict(encoders or {})
+        self.encoders, self.heads = dict(encoders or {}), dict(heads or {})
+        self.scalars: dict[str, Tensor] = {}
         self._features: dict[tuple[str, str], Any] = {}
 
     def view(self, name: str) -> Any:
@@ -59,11 +67,34 @@ class Step:
     def _encode_image(self, view: str, by: str) -> ImageFeatures:
         if by == STUDENT:
             return self.model.encode_image(self.view(view))
+        with torch.no_grad():
+            return image_features(self._encoder(by), self.view(view))
+
+    def _encoder(self, by: str) -> nn.Module:
         if by not in self.encoders:
             known = ", ".join([STUDENT, *self.encoders])
             raise ValueError(f"no encoder called '{by}' is awake (there is {known}): enable the plugin that offers it")
-        with torch.no_grad():
-            return image_features(self.encoders[by], self.view(view))
+        return self.encoders[by]
+
+    def head(self, name: str, by: str = STUDENT) -> Any:
+        """Returns a head that was registered in `setup`: the student's own, or the copy that another encoder keeps.
+
+        Args:
+            name: the name it was registered under.
+            by: `student`, or an encoder that follows the student with its heads, such as `teacher`.
+
+        Raises:
+            ValueError: if there is no such head or encoder.
+        """
+        heads = self.heads if by == STUDENT else getattr(self._encoder(by), "heads", {})
+        if name not in heads:
+            known = ", ".join(heads) or "none"
+            raise ValueError(f"the encoder '{by}' has no head called '{name}' (it has {known}): register it in `setup`")
+        return heads[name]
+
+    def log(self, name: str, value: Tensor) -> None:
+        """Notes a scalar that is logged as `train/<name>` beside the loss terms; nothing is read back from a device."""
+        self.scalars[name] = value.detach()
 
     def encode_text(self, view: str = "caption") -> TextFeatures:
         """Returns the features of a text view; computed on the first request, read on later ones."""
@@ -73,6 +104,8 @@ class Step:
         features: TextFeatures = self._features[key]
         return features
 
-    def select(self, kept: torch.Tensor) -> "Step":
+    def select(self, kept: Tensor) -> "Step":
         """Returns the step on the rows `kept` ([B'] int64), with nothing computed yet."""
-        return Step(self.model, self.batch.select(kept), progress=self.progress, encoders=self.encoders)
+        return Step(
+            self.model, self.batch.select(kept), progress=self.progress, encoders=self.encoders, heads=self.heads
+        )

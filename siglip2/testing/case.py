@@ -48,6 +48,10 @@ class Case:
         """Returns a tiny module whose recipe is this plugin, woken, beside a patchifier if it is none."""
         module = tiny_module([self.plugin()], seed=seed)
         module.wake_due(self.start)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in module.plugins[self.name].parameters():
+            if parameter.requires_grad and not parameter.any():  # what begins at zero may let no gradient through
+                parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
         return module
 
     def losses(self, module: TinyModule, *, first: int = 0, rows: int = ROWS) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from siglip2.core.batch import Batch, collate
+from siglip2.core.batch import Batch
 from siglip2.core.data.fields import Sample
-from siglip2.core.data.loader import Maker
+from siglip2.core.data.loader import Maker, join
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.data.train_tokenizer import train_tokenizer
 from siglip2.core.layout import Layout, Patchifier
@@ -118,7 +118,7 @@ def fake_batch(
     layout = Layout(patchifier.layout(0).seq_len, batch_size)
     numbers = range(first, first + batch_size)
     rows = [maker.row(i % len(source), position=i, views=views, layout=layout) for i in numbers]
-    return Batch(collate([row for _, row in rows]) if views else {}, batch_size, 0, tuple(key for key, _ in rows))
+    return join(rows, size=batch_size, index=0)
 
 
 class TinyStep(Step):
@@ -130,8 +130,15 @@ class TinyStep(Step):
         with torch.no_grad():
             return image_features(copy.deepcopy(self.model.vision), self.view(view))
 
+    def head(self, name: str, by: str = STUDENT) -> Any:
+        if by == STUDENT or by in self.encoders:
+            return super().head(name, by)
+        return copy.deepcopy(super().head(name)).requires_grad_(False)
+
     def select(self, kept: Tensor) -> "TinyStep":
-        return TinyStep(self.model, self.batch.select(kept), progress=self.progress, encoders=self.encoders)
+        return TinyStep(
+            self.model, self.batch.select(kept), progress=self.progress, encoders=self.encoders, heads=self.heads
+        )
 
 
 class TinyModule(SigLIP2Module):
@@ -140,7 +147,7 @@ class TinyModule(SigLIP2Module):
     def make_step(self, batch: Batch, progress: float) -> TinyStep:
         """Returns the step that the awake plugins see."""
         step = super().make_step(batch, progress)
-        return TinyStep(self.model, batch, progress=progress, encoders=step.encoders)
+        return TinyStep(self.model, batch, progress=progress, encoders=step.encoders, heads=step.heads)
 
     def rehearsal_losses(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Returns the loss terms in float32."""

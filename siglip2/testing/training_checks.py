@@ -42,7 +42,7 @@ def check_state_round_trips(case: Case) -> None:
     strangers = [n for n in module.state_dict() if n not in bare and not n.startswith("plugins.")]
     require(not strangers, f"'{case.name}' keeps {strangers[:3]} outside of itself: `setup` should assign to self")
     case.losses(module)
-    module.awake_hook("after_step", case.start)(model=module.model)
+    module.awake_hook("after_step", case.start)(model=module.model, progress=case.start)
     twin = case.module(seed=1)
     missing, unexpected = twin.load_state_dict(module.state_dict(), strict=False)
     require(not missing and not unexpected, f"'{case.name}' has another state once it has run: {missing}, {unexpected}")
@@ -74,7 +74,7 @@ def check_asleep_costs_nothing(case: Case) -> None:
     )
     views = {view.name for view in module.views_at(0.0)}
     terms = module(module.fake_batch(0.0, batch_size=ROWS), 0.0)
-    module.awake_hook("after_step", 0.0)(model=module.model)
+    module.awake_hook("after_step", 0.0)(model=module.model, progress=0.0)
     stop_watching()
     require(not called, f"'{case.name}' sleeps at progress 0, but its {called[:1]} was called: leave `awake` to Plugin")
     require(views <= {"image", "caption"}, f"'{case.name}' sleeps, but its views {views} are made")
@@ -94,7 +94,7 @@ def check_device_never_waits(case: Case) -> None:
     try:
         with no_host_sync():
             module(batch, start)
-            module.awake_hook("after_step", start)(model=module.model)
+            module.awake_hook("after_step", start)(model=module.model, progress=start)
     except AssertionError as error:
         raise AssertionError(f"plugin '{case.name}': {error}") from error
 

@@ -33,7 +33,7 @@ class TextTower(nn.Module):
 
     def __init__(self, shape: Shape, *, vocab_size: int, context_length: int, embed_dim: int):
         super().__init__()
-        self.width, self.context_length = shape.width, context_length
+        self.shape, self.width, self.context_length = shape, shape.width, context_length
         self.token_embed = nn.Embedding(vocab_size, shape.width)
         self.pos_embed = normal_table(context_length, shape.width)
         self.blocks = make_blocks(shape)

@@ -50,6 +50,7 @@ class TwoTowers(nn.Module):
         text: gives the projected text embedding.
         logit_scale: initial log of the temperature factor; log 10 in the paper (SigLIP, section 3.2).
         logit_bias: initial logit bias; -10 in the paper, for batches of 32 768.
+        fused_attention: attention through torch's fused kernel; false multiplies the matrices out. Decoders follow it.
     """
 
     def __init__(
@@ -59,9 +60,13 @@ class TwoTowers(nn.Module):
         *,
         logit_scale: float = math.log(10),
         logit_bias: float = -10.0,
+        fused_attention: bool = True,
     ):
         super().__init__()
-        self.vision, self.text = vision, text
+        self.vision, self.text, self.fused_attention = vision, text, fused_attention
+        for module in self.modules():
+            if isinstance(module, Attention | AttentionPoolLatent):
+                module.fused_attn = fused_attention  # type: ignore[misc]  # Final in timm for TorchScript only
         self.logit_scale = nn.Parameter(torch.tensor([float(logit_scale)]))  # [1]: FSDP2 cannot shard 0-D
         self.logit_bias = nn.Parameter(torch.tensor([float(logit_bias)]))
 
@@ -136,8 +141,4 @@ def build_two_towers(
     text_tower = TextTower(
         text.applied_to(named.text), vocab_size=vocab_size, context_length=context_length, embed_dim=tower.width
     )
-    towers = TwoTowers(tower, text_tower, logit_scale=logit_scale, logit_bias=logit_bias)
-    for module in towers.modules():
-        if isinstance(module, Attention | AttentionPoolLatent):
-            module.fused_attn = fused_attention  # type: ignore[misc]  # Final in timm for TorchScript only
-    return towers
+    return TwoTowers(tower, text_tower, logit_scale=logit_scale, logit_bias=logit_bias, fused_attention=fused_attention)

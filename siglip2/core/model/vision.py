@@ -56,10 +56,21 @@ class VisionTower(nn.Module):
         self.pool = make_pool(shape)
         lecun_normal_(self.embed)
 
-    def forward(self, images: Patches) -> VisionOutput:
-        """Encodes uint8 patches [B, N, P]."""
+    def forward(
+        self, images: Patches, *, masked_BN: Tensor | None = None, mask_token_D: Tensor | None = None
+    ) -> VisionOutput:
+        """Encodes uint8 patches [B, N, P].
+
+        Args:
+            images: the patches.
+            masked_BN: bool, true where the embedded patch is replaced by the mask token; it keeps its position.
+            mask_token_D: what stands there instead, [D].
+        """
         mask = key_mask(images.valid)
-        x = self.embed(to_unit_range(images.patches)) + self._positions(images)  # [B, N, P] -> [B, N, D]
+        x = self.embed(to_unit_range(images.patches))  # [B, N, P] -> [B, N, D]
+        if masked_BN is not None and mask_token_D is not None:
+            x = torch.where(masked_BN[..., None], mask_token_D.to(x.dtype), x)
+        x = x + self._positions(images)
         for block in self.blocks:
             x = block(x, attn_mask=mask)
         x = self.norm(x)
