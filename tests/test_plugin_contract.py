@@ -23,7 +23,13 @@ from siglip2.testing.training_checks import (
     check_state_round_trips,
 )
 
-OPTIONS = {"fixed": {"image_size": 64, "batch_size": 8}}
+SMALL = {"hidden": 32, "bottleneck": 16, "prototypes": 64, "freeze_prototypes": 0.0}
+OPTIONS = {
+    "fixed": {"image_size": 64, "batch_size": 8},
+    "locca": {"length": 40},
+    "silc": {"local_crops": 2, "local_size": 16, **SMALL},
+    "tips": SMALL,
+}
 """Options for plugins whose defaults are too large for a test."""
 CASES = [Case(entry.cls, OPTIONS.get(name, {})) for name, entry in catalogue(third_party=False).items()]
 
