@@ -48,7 +48,7 @@ def rewrite(path, change):
 
 def test_unknown_plugin_suggests_the_right_name(failed, tiny_recipe):
     message = failed("fit", *tiny_recipe, "--plugins.sigmod.weight", "2")
-    assert "no plugin called 'sigmod', did you mean 'sigmoid'? Installed: fixed, sigmoid" in message
+    assert "no plugin called 'sigmod', did you mean 'sigmoid'? Installed: ema_teacher, fixed, locca, sigmoid" in message
 
 
 def test_unknown_plugin_option_lists_the_options(failed, tiny_recipe):

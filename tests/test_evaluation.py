@@ -38,23 +38,56 @@ class Extra(Objective):
         return self.head(step.encode_image("image").embedding).square().mean()
 
 
-@pytest.fixture
-def extra_package(third_party_plugins):
-    """Installs a package with the plugin `extra`; `extra_package.remove()` takes it away again."""
+class Whole(Objective):
+    """Finds every text everywhere: its box is the whole picture."""
+
+    name = "whole"
+
+    @hookimpl
+    def views(self):
+        return [IMAGE]
+
+    def loss(self, step):
+        return step.encode_image("image").embedding.square().mean()
+
+    def caption(self, tokens_BND, tokenizer, *, language="", valid=None):
+        return [f"a picture in {language}"] * len(tokens_BND)
+
+    def locate(self, tokens_BND, texts, tokenizer, *, language="", valid=None):
+        return torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(len(texts), 1)
+
+    def describe(self, tokens_BND, boxes_B4, tokenizer, *, language="", valid=None):
+        return ["a part of a picture"] * len(boxes_B4)
+
+
+def install(points, *plugins):
+    """Makes plugins known as those of a package; returns what takes it away again."""
 
     class Module:
         @hookimpl
         def register_plugins(self):
-            return [Extra]
+            return list(plugins)
 
     def remove():
-        third_party_plugins.clear()
+        points.clear()
         siglip2.registry.catalogue.cache_clear()
 
     dist = SimpleNamespace(name="extra-package", version="1.2")
-    third_party_plugins.append(SimpleNamespace(name="extra", value="extra", dist=dist, load=Module))
+    points.append(SimpleNamespace(name="extra", value="extra", dist=dist, load=Module))
     siglip2.registry.catalogue.cache_clear()
-    return SimpleNamespace(remove=remove)
+    return remove
+
+
+@pytest.fixture
+def extra_package(third_party_plugins):
+    """Installs a package with the plugin `extra`; `extra_package.remove()` takes it away again."""
+    return SimpleNamespace(remove=install(third_party_plugins, Extra))
+
+
+@pytest.fixture
+def whole_package(third_party_plugins):
+    """Installs a package with the plugin `whole`."""
+    install(third_party_plugins, Whole)
 
 
 @pytest.fixture
@@ -194,3 +227,32 @@ def test_broken_picture_is_named_and_left_out_of_the_scores(ran, tiny_recipe, ev
     assert [row[2] for row in scores(printed.out)] == ["15"] * 4
     named = re.findall(r"left out of the evaluation: (\S+): (\w+): (.*)", printed.err)
     assert [(where, key) for where, key, _ in named] == [(str(folder / "a.tar"), "0012")]
+
+
+def test_referring_set_is_scored_logged_and_shown_in_the_report(ran, tiny_recipe, toy_shards, tmp_path, whole_package):
+    sets = {"places": {"path": str(toy_shards), "languages": ["en", "de"]}}
+    pairs = {"pairs": {"path": str(toy_shards), "languages": ["de"], "fields": {"caption": "json.caption"}}}
+    evaluation = ["--data.referring", json.dumps(sets), "--data.retrieval", json.dumps(pairs)]
+    often = ["--trainer.limit_val_batches", "1.0", "--trainer.val_check_interval", "5", "--data.eval_batch_size", "5"]
+    printed = ran("fit", *tiny_recipe, *evaluation, *often, "--plugins.whole", "on").out
+    boxes = [json.loads(TinySource().read(i).record["json"])["regions"][0]["box"] for i in range(16)]
+    share = sum((xmax - xmin) * (ymax - ymin) for xmin, ymin, xmax, ymax in boxes) / 16  # of the picture, so the IoU
+    rows = [line for line in printed.splitlines() if line.startswith("│ places")]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in rows]
+    assert cells == [["places", x, "16", "0.0%", f"{share:.3f}"] for x in ("en", "de")]
+    assert [line in ran("validate", "--ckpt_path", tmp_path / "step=10.ckpt").out for line in rows] == [True, True]
+    record = torch.load(tmp_path / "step=10.ckpt", weights_only=True)["callbacks"]["RunRecord"]
+    assert record["history"]["val/referring/places/en/iou"][5] == pytest.approx(share, abs=1e-5)
+    page = (tmp_path / "report.html").read_text()
+    for expected in ('id="referring"', 'id="boxes"', 'id="captions"', "a picture in de", "Referring accuracy, English"):
+        assert expected in page
+
+
+def test_recipe_without_a_decoder_trains_with_a_referring_set_and_says_what_is_not_scored(
+    ran, tiny_recipe, toy_shards, tmp_path
+):
+    sets = {"places": {"path": str(toy_shards)}}
+    printed = ran("fit", *tiny_recipe, "--data.referring", json.dumps(sets), "--trainer.limit_val_batches", "1.0")
+    assert "no plugin can locate texts yet: referring sets (places) are not scored" in printed.err
+    assert "Referring" not in printed.out
+    assert 'id="boxes"' not in (tmp_path / "report.html").read_text()

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from siglip2.core.report.data import RetrievalRow, ZeroShotRow
+from siglip2.core.report.data import ReferringRow, RetrievalRow, ZeroShotRow
 
 CHATTER = (
     "lightning.pytorch.utilities.rank_zero",
@@ -36,9 +36,11 @@ def set_up_logging() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def print_scores(zero_shot: Iterable[ZeroShotRow], retrieval: Iterable[RetrievalRow]) -> None:
+def print_scores(
+    zero_shot: Iterable[ZeroShotRow], retrieval: Iterable[RetrievalRow], referring: Iterable[ReferringRow] = ()
+) -> None:
     """Prints one table per kind of evaluation."""
-    zero_shot, retrieval = list(zero_shot), list(retrieval)
+    zero_shot, retrieval, referring = list(zero_shot), list(retrieval), list(referring)
     console = Console()
     if zero_shot:
         table = _table(
@@ -60,6 +62,17 @@ def print_scores(zero_shot: Iterable[ZeroShotRow], retrieval: Iterable[Retrieval
         for found in retrieval:
             recalls = [*found.text_to_image.values(), *found.image_to_text.values()]
             table.add_row(found.dataset, found.language, f"{found.num_texts}", *(f"{value:.1%}" for value in recalls))
+        console.print(table)
+    if referring:
+        table = _table("Referring expressions", ("set", "language"), ("texts", "accuracy at IoU 0.5", "mean IoU"))
+        for located in referring:
+            table.add_row(
+                located.dataset,
+                located.language,
+                f"{located.num_texts}",
+                f"{located.accuracy:.1%}",
+                f"{located.iou:.3f}",
+            )
         console.print(table)
 
 

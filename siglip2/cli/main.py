@@ -10,6 +10,9 @@ TRAINING = {
     "validate": ("siglip2.cli.training", "validate", "score a checkpoint on the recipe's evaluation sets"),
     "test": ("siglip2.cli.training", "test", "the same through the test loop"),
     "predict": ("siglip2.cli.predicting", "predict", "rank free texts for pictures"),
+    "caption": ("siglip2.cli.decoding", "caption", "write a caption for pictures"),
+    "locate": ("siglip2.cli.decoding", "locate", "find texts in pictures"),
+    "describe": ("siglip2.cli.decoding", "describe", "write what is in boxes of pictures"),
 }
 COMMANDS = {
     ("plugins",): ("siglip2.cli.plugins", "list plugins and their options"),

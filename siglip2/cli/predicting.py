@@ -32,20 +32,35 @@ class Ranked:
 def predict(arguments: Sequence[str]) -> None:
     """Ranks the texts for every picture and prints a table or JSON."""
     cli = SigLIP2CLI(with_checkpoint(arguments, "predict"), command="predict")
-    asked = cli.datamodule.predict
-    asked = replace(asked, images=cli.config.images or asked.images, texts=cli.config.texts or asked.texts)
-    if not asked.images or not asked.texts:
+    images = cli.config.images or cli.datamodule.predict.images
+    texts = cli.config.texts or cli.datamodule.predict.texts
+    if not images or not texts:
         raise ValueError(
             "predict needs pictures and texts: siglip2 predict --ckpt_path CKPT --images a.png --texts 'a cat' 'a dog'"
         )
-    cli.datamodule.predict = asked
-    if cli.config.json and cli.trainer.progress_bar_callback:
-        cli.trainer.progress_bar_callback.disable()  # it draws on stdout, where each line is to be JSON
-    embedded: Any = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
-    rankings = rank(cli.model, torch.cat([e["image"] for e in embedded or []]), asked.texts)
-    paths = [str(p) for p in cli.datamodule.predict_dataloader().dataset.paths]
+    paths, embedded = run_on_pictures(cli, images, quiet=cli.config.json)
+    rankings = rank(cli.model, torch.cat([e["image"] for e in embedded]), texts)
     for path, ranking in zip(paths, rankings, strict=True):
         _print(path, ranking, as_json=cli.config.json)
+
+
+def run_on_pictures(cli: SigLIP2CLI, images: Sequence[str], *, quiet: bool) -> tuple[list[str], list[Any]]:
+    """Sends pictures one by one through the model of `--ckpt_path`.
+
+    Args:
+        cli: built with the checkpoint.
+        images: files, globs or folders.
+        quiet: show no progress bar: it draws on stdout, where each line is to be JSON.
+
+    Returns:
+        The path of every picture, and what `predict_step` returned for it.
+    """
+    cli.datamodule.predict = replace(cli.datamodule.predict, images=list(images))
+    if quiet and cli.trainer.progress_bar_callback:
+        cli.trainer.progress_bar_callback.disable()
+    outputs: Any = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    dataset: Any = cli.datamodule.predict_dataloader().dataset
+    return [str(path) for path in dataset.paths], outputs or []
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from siglip2.cli.console import print_scores, set_up_logging
 from siglip2.cli.from_checkpoint import recipe_of_checkpoint, with_checkpoint
 from siglip2.core.callbacks.faults import FaultCounter
 from siglip2.core.callbacks.progress import StepProgressBar
+from siglip2.core.callbacks.referring import Referring
 from siglip2.core.callbacks.retrieval import Retrieval
 from siglip2.core.callbacks.run_record import RunRecord
 from siglip2.core.callbacks.save_the_end import SaveTheEnd
@@ -110,10 +111,11 @@ class SigLIP2CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Returns the trainer with the callbacks that every run has."""
-        self.zero_shot, self.retrieval = ZeroShot(), Retrieval()
+        self.zero_shot, self.retrieval, self.referring = ZeroShot(), Retrieval(), Referring()
         train = self.datamodule.train
-        always: list[Callback] = [self.zero_shot, self.retrieval, FaultCounter(train.max_bad if train else 1.0)]
-        self.report = RunRecord(self.zero_shot, self.retrieval)
+        always: list[Callback] = [self.zero_shot, self.retrieval, self.referring]
+        always.append(FaultCounter(train.max_bad if train else 1.0))
+        self.report = RunRecord(self.zero_shot, self.retrieval, self.referring)
         if self.command == "fit":
             always += [Throughput(), SaveTheEnd(), self.report]
             kwargs.update(self._validation_within_the_run())
@@ -150,7 +152,7 @@ class SigLIP2CLI(LightningCLI):
     def print_scores(self) -> None:
         """Prints what the evaluation callbacks found, on the first rank."""
         if self.trainer.is_global_zero:
-            print_scores(self.zero_shot.rows, self.retrieval.rows)
+            print_scores(self.zero_shot.rows, self.retrieval.rows, self.referring.rows)
 
 
 def _tokenizer_of(data: SigLIP2Data) -> Any:
@@ -165,7 +167,7 @@ def fit(arguments: Sequence[str]) -> None:
 
 
 def validate(arguments: Sequence[str]) -> None:
-    """Evaluates a checkpoint on the recipe's zero-shot and retrieval sets."""
+    """Evaluates a checkpoint on the recipe's zero-shot, retrieval and referring sets."""
     cli = SigLIP2CLI(with_checkpoint(arguments, "validate"), command="validate")
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, verbose=False)
     cli.print_scores()

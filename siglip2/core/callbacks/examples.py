@@ -1,7 +1,8 @@
-"""Pictures for the report: what texts find, what pictures find, and where in a picture a text is."""
+"""Pictures for the report: what texts find, what pictures find, where in a picture a text is, and what is written."""
 
-# M images, K texts, N patches, E embedding dimension
+# M images, K texts, N patches, D width, E embedding dimension
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor
 
 from siglip2.core.batch import Patches
+from siglip2.core.callbacks.referring import Grounder
 from siglip2.core.callbacks.zero_shot import class_vectors, read_classes
+from siglip2.core.data.datamodule import caption_name, region_names
 from siglip2.core.functional import unpatchify
 from siglip2.core.model.two_towers import unit_norm
 from siglip2.core.model.vision import VisionTower
-from siglip2.core.report.data import Heatmap, ImageExample, RetrievalExample
+from siglip2.core.report.data import Box, BoxExample, CaptionExample, Heatmap, ImageExample, RetrievalExample
 
 SHOWN = 8  # examples of each kind
 POOL = 256  # images among which texts are searched
+POOL_TO_DECODE = 64  # images out of which those to write about are taken
 TOP = 5
 
 
@@ -29,7 +33,7 @@ class Embedded:
         pictures: uint8 [M, H, W, 3].
         patches: of each picture, with a leading dimension of 1.
         embedding: [M, E].
-        others: embeddings [M, E] of text views, and labels [M], by view.
+        others: embeddings [M, E] of text views, labels [M], and boxes [M, 4], by view.
         ids: token ids [M, T] of text views, by view.
     """
 
@@ -51,7 +55,7 @@ def embed_some(module: Any, batches: Any, limit: int) -> Embedded:
         images: Patches = batch.views["image"]
         if images.grid is None or sum(len(p) for p in pictures) >= limit:
             break
-        ids = {f"ids/{name}": view for name, view in batch.views.items() if isinstance(view, Tensor) and view.ndim == 2}
+        ids = {f"ids/{name}": view for name, view in batch.views.items() if _is_text(view)}
         rows.append({**module.embed(batch), **ids, "real": batch.real})
         pictures.append(unpatchify(images.patches.cpu(), images.grid).permute(0, 2, 3, 1).numpy())
         patches += [images.rows(torch.tensor([i], device=module.device)) for i in range(batch.size)]
@@ -62,13 +66,16 @@ def embed_some(module: Any, batches: Any, limit: int) -> Embedded:
     return Embedded(np.concatenate(pictures)[chosen], [patches[i] for i in chosen], joined.pop("image"), joined, ids)
 
 
+def _is_text(view: Any) -> bool:
+    return isinstance(view, Tensor) and view.ndim == 2 and not view.is_floating_point()
+
+
 def text_examples(module: Any, batches: Any, language: str | None, view: str) -> list[RetrievalExample]:
     """Returns texts of one language with the pictures they find, best first."""
     found = embed_some(module, batches, POOL)
     logits_KM = module.model.logits(found.others[view].to(module.device), found.embedding.to(module.device)).cpu()
-    chosen = range(0, len(logits_KM), max(1, len(logits_KM) // SHOWN))
     examples = []
-    for row in list(chosen)[:SHOWN]:
+    for row in spread(len(logits_KM)):
         best = logits_KM[row].topk(min(TOP, len(found.pictures)))
         examples.append(
             RetrievalExample(
@@ -87,9 +94,8 @@ def picture_examples(module: Any, batches: Any, settings: Any) -> tuple[list[Ima
     """Returns pictures with the class names they find, in several languages, and where each name is in its picture."""
     found = embed_some(module, batches, POOL)
     languages = list(read_classes(settings.classes, settings.languages).items())
-    step = max(1, len(found.pictures) // SHOWN)
     examples, heatmaps = [], []
-    for turn, row in enumerate(list(range(0, len(found.pictures), step))[:SHOWN]):
+    for turn, row in enumerate(spread(len(found.pictures))):
         language, names = languages[turn % len(languages)]
         vectors_KE = class_vectors(module, names, settings.templates)
         label = int(found.others["label"][row])
@@ -106,6 +112,59 @@ def picture_examples(module: Any, batches: Any, settings: Any) -> tuple[list[Ima
             similarity = patch_similarity(module.model.vision, found.patches[row], vectors_KE[label]).cpu().numpy()
             heatmaps.append(Heatmap(picture, names[label], language, similarity))
     return examples, heatmaps
+
+
+@torch.no_grad()
+def box_examples(module: Any, grounder: Grounder, batches: Any, languages: Sequence[str | None]) -> list[BoxExample]:
+    """Returns texts with their true box and the one that the decoder writes, the languages in turn."""
+    found = embed_some(module, batches, POOL_TO_DECODE)
+    examples = []
+    for row, language, tokens_1ND in decoded_rows(module, found, languages):
+        text_view, box_view = region_names(language)
+        text = module.tokenizer.decode(found.ids[text_view][row])
+        box = grounder.locate(tokens_1ND, [text], module.tokenizer, language=language or "")[0]
+        examples.append(
+            BoxExample(
+                found.pictures[row],
+                text,
+                language or "",
+                predicted=_box(box) if bool((box[:2] < box[2:]).all()) else None,  # NaN is less than nothing
+                true=_box(found.others[box_view][row]),
+            )
+        )
+    return examples
+
+
+@torch.no_grad()
+def caption_examples(
+    module: Any, grounder: Grounder, batches: Any, languages: Sequence[str | None]
+) -> list[CaptionExample]:
+    """Returns pictures with the caption that the decoder writes beside a true one, the languages in turn."""
+    found = embed_some(module, batches, POOL_TO_DECODE)
+    examples = []
+    for row, language, tokens_1ND in decoded_rows(module, found, languages):
+        (written,) = grounder.caption(tokens_1ND, module.tokenizer, language=language or "")
+        truth = module.tokenizer.decode(found.ids[caption_name(language)][row])
+        examples.append(CaptionExample(found.pictures[row], written, truth, language or ""))
+    return examples
+
+
+def decoded_rows(
+    module: Any, found: Embedded, languages: Sequence[str | None]
+) -> Iterator[tuple[int, str | None, Tensor]]:
+    """Yields number, language and image tokens [1, N, D] of the pictures to write about."""
+    for turn, row in enumerate(spread(len(found.pictures))):
+        yield row, languages[turn % len(languages)], module.model.encode_image(found.patches[row]).tokens
+
+
+def spread(total: int) -> list[int]:
+    """Returns the numbers of the examples shown out of `total`, evenly spaced from the first on."""
+    return list(range(0, total, max(1, total // SHOWN)))[:SHOWN]
+
+
+def _box(values: Tensor) -> Box:
+    xmin, ymin, xmax, ymax = values.tolist()
+    return xmin, ymin, xmax, ymax
 
 
 def patch_similarity(vision: VisionTower, image: Patches, vector_E: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Remembers what a run logged and writes report.html: curves, scores per language, examples, heatmaps."""
+"""Remembers what a run logged and writes report.html: curves, scores per language, examples, heatmaps, boxes."""
 
 import logging
 import time
@@ -10,8 +10,9 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from siglip2.core.callbacks.examples import picture_examples, text_examples
+from siglip2.core.callbacks.examples import box_examples, caption_examples, picture_examples, text_examples
 from siglip2.core.callbacks.faults import FaultCounter
+from siglip2.core.callbacks.referring import Referring, grounder_of
 from siglip2.core.callbacks.retrieval import Retrieval
 from siglip2.core.callbacks.zero_shot import ENGLISH, ZeroShot
 from siglip2.core.data.datamodule import caption_name
@@ -19,6 +20,12 @@ from siglip2.core.report.data import Curve, RunReport
 from siglip2.core.report.render import write_report
 
 log = logging.getLogger(__name__)
+SCORES = ("zero_shot/", "retrieval/", "referring/")
+SHOWN_SCORES = (
+    f"{ENGLISH}/top1",
+    f"{ENGLISH}/text_to_image@1",
+    *(f"{language}/{score}" for language in (ENGLISH, "all") for score in ("acc@0.5", "iou")),
+)
 UNITS = {"images_per_s": "images/s", "train/": "nats", "waiting": "of the time"}
 
 
@@ -28,10 +35,11 @@ class RunRecord(Callback):
     Args:
         zero_shot: the callback whose last scores are shown.
         retrieval: likewise.
+        referring: likewise.
     """
 
-    def __init__(self, zero_shot: ZeroShot, retrieval: Retrieval):
-        self.zero_shot, self.retrieval = zero_shot, retrieval
+    def __init__(self, zero_shot: ZeroShot, retrieval: Retrieval, referring: Referring):
+        self.zero_shot, self.retrieval, self.referring = zero_shot, retrieval, referring
         self.history: dict[str, dict[int, float]] = {}
         self._trained_s, self._since, self._images = 0.0, 0.0, 0
 
@@ -43,7 +51,7 @@ class RunRecord(Callback):
     ) -> None:
         self._images += batch.size * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            names = [n for n in trainer.callback_metrics if not n.startswith(("zero_shot/", "retrieval/"))]
+            names = [n for n in trainer.callback_metrics if not n.startswith(SCORES)]
             self._note(trainer, names)
             groups = trainer.optimizers[0].param_groups
             plain = next((g for g in groups if g.get("lr_factor", 1.0) == 1.0), groups[0])  # without a rule's factor
@@ -52,9 +60,7 @@ class RunRecord(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             wanted = [n for n in trainer.callback_metrics if n.startswith("zero_shot/") and n.endswith("mean/top1")]
-            wanted += [
-                n for n in trainer.callback_metrics if n.endswith((f"{ENGLISH}/top1", f"{ENGLISH}/text_to_image@1"))
-            ]
+            wanted += [n for n in trainer.callback_metrics if n.endswith(SHOWN_SCORES)]
             self._note(trainer, wanted, prefix="val/")
 
     def _note(self, trainer: Trainer, names: list[str], prefix: str = "") -> None:
@@ -88,18 +94,29 @@ class RunRecord(Callback):
             curves=self._curves(),
             zero_shot=list(self.zero_shot.rows),
             retrieval=list(self.retrieval.rows),
+            referring=list(self.referring.rows),
             recipe=yaml.safe_dump(module.recipe, sort_keys=False, allow_unicode=True),
             notes=[c.summary(stopped=False) for c in trainer.callbacks if isinstance(c, FaultCounter) and c.bad],  # type: ignore[attr-defined]
         )
         was_training = module.training
         module.eval()
-        for name, settings in list(data.retrieval.items())[:1]:
-            language = ENGLISH if ENGLISH in (settings.languages or []) else (settings.languages or [None])[0]
-            report.text_to_image = text_examples(module, data.eval_batches(name), language, caption_name(language))
-        for name, settings in list(data.zero_shot.items())[:1]:
-            report.image_to_text, report.heatmaps = picture_examples(module, data.eval_batches(name), settings)
+        self._add_examples(report, module, data)
         module.train(was_training)
         return report
+
+    def _add_examples(self, report: RunReport, module: Any, data: Any) -> None:
+        grounder = grounder_of(module)
+        for name, settings in list(data.retrieval.items())[:1]:
+            batches, languages = data.eval_batches(name), settings.languages or [None]
+            language = ENGLISH if ENGLISH in languages else languages[0]
+            report.text_to_image = text_examples(module, batches, language, caption_name(language))
+            if grounder:
+                report.captions = caption_examples(module, grounder, batches, languages)
+        for name, settings in list(data.zero_shot.items())[:1]:
+            report.image_to_text, report.heatmaps = picture_examples(module, data.eval_batches(name), settings)
+        for name, settings in list(data.referring.items())[:1]:
+            if grounder:
+                report.boxes = box_examples(module, grounder, data.eval_batches(name), settings.languages or [None])
 
     def _curves(self) -> list[Curve]:
         first = ["train/loss"]  # the headline card shows the first loss

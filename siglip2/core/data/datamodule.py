@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -16,15 +17,21 @@ from siglip2.core.data.check import check_source
 from siglip2.core.data.loader import EvalBatches, FromIndex, Maker, ResumableLoader, TrainBatches, share
 from siglip2.core.data.order import Order
 from siglip2.core.data.predicting import PicturesToRank
-from siglip2.core.data.settings import PredictSet, RetrievalSet, TextOptions, TrainSet, ZeroShotSet
+from siglip2.core.data.settings import PredictSet, ReferringSet, RetrievalSet, TextOptions, TrainSet, ZeroShotSet
 from siglip2.core.data.source import Source, open_source
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.hooks import build_manager
 from siglip2.core.layout import Layout, Patchifier, Phase, phases
 from siglip2.core.plugin import Plugin
+from siglip2.core.regions import RegionBox, RegionText
 from siglip2.core.views import IMAGE, LabelView, TextView, View
 
-EvalSet = ZeroShotSet | RetrievalSet
+EvalSet = ZeroShotSet | RetrievalSet | ReferringSet
+FIELDS_NEEDED = {
+    ZeroShotSet: ("image", "label"),
+    RetrievalSet: ("image", "caption"),
+    ReferringSet: ("image", "regions"),
+}
 
 
 class SigLIP2Data(LightningDataModule):
@@ -37,6 +44,7 @@ class SigLIP2Data(LightningDataModule):
         train: what is trained on.
         zero_shot: labelled sets, by name, evaluated by the zero-shot callback.
         retrieval: captioned sets, by name, evaluated by the retrieval callback.
+        referring: sets with boxes and their texts, by name, evaluated by the referring callback.
         predict: pictures and texts for `siglip2 predict`.
         num_workers: loader processes on each rank; results do not depend on it.
         eval_batch_size: rows per evaluation batch on each rank.
@@ -51,6 +59,7 @@ class SigLIP2Data(LightningDataModule):
         train: TrainSet | None = None,
         zero_shot: dict[str, ZeroShotSet] | None = None,
         retrieval: dict[str, RetrievalSet] | None = None,
+        referring: dict[str, ReferringSet] | None = None,
         predict: PredictSet = PredictSet(),  # noqa: B008 - frozen
         num_workers: int = 2,
         eval_batch_size: int = 64,
@@ -61,10 +70,13 @@ class SigLIP2Data(LightningDataModule):
         self.tokenizer = read_tokenizer(tokenizer, text)
         self.train, self.predict = train, predict
         self.zero_shot, self.retrieval = dict(zero_shot or {}), dict(retrieval or {})
+        self.referring = dict(referring or {})
         self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
-        if clash := sorted(self.zero_shot.keys() & self.retrieval.keys()):
-            raise ValueError(f"'{clash[0]}' names a zero-shot set and a retrieval set: rename one of them")
+        kinds = {"zero-shot": set(self.zero_shot), "retrieval": set(self.retrieval), "referring": set(self.referring)}
+        for (a, some), (b, others) in combinations(kinds.items(), 2):
+            if clash := sorted(some & others):
+                raise ValueError(f"'{clash[0]}' names a {a} set and a {b} set: rename one of them")
 
     @cached_property
     def _hooks(self) -> Any:
@@ -99,7 +111,7 @@ class SigLIP2Data(LightningDataModule):
     @property
     def eval_sets(self) -> dict[str, EvalSet]:
         """All evaluation sets by name, in the order of their loaders."""
-        return {**self.zero_shot, **self.retrieval}
+        return {**self.zero_shot, **self.retrieval, **self.referring}
 
     def views_of(self, phase: Phase) -> tuple[View, ...]:
         """Returns the views that the awake plugins of a phase read, each once.
@@ -146,18 +158,20 @@ class SigLIP2Data(LightningDataModule):
         return EvalBatches(self._train_maker, views, batch_size=min(2, share(self.patchifier.layout(0), 1)))[0]
 
     def eval_views(self, dataset: EvalSet) -> tuple[View, ...]:
-        """Returns the views of an evaluation set: image and label, or image and a caption per language."""
+        """Returns the views of an evaluation set: the image, and its label, or per language a caption or a region."""
         if isinstance(dataset, ZeroShotSet):
             return (IMAGE, LabelView())
         languages: Sequence[str | None] = dataset.languages or [None]
-        return (IMAGE, *(TextView(caption_name(x), language=x) for x in languages))
+        if isinstance(dataset, RetrievalSet):
+            return (IMAGE, *(TextView(caption_name(x), language=x) for x in languages))
+        named = [(x, *region_names(x)) for x in languages]
+        return (IMAGE, *(view for x, text, box in named for view in (RegionText(text, x), RegionBox(box, x))))
 
     def eval_batches(self, name: str, *, rank: int = 0, world_size: int = 1) -> EvalBatches:
         """Returns the batches of the evaluation set called `name`, for one rank."""
         dataset = self.eval_sets[name]
         source = open_source(dataset.path, format=dataset.format, fields=dataset.fields)
-        needs = ("image", "label") if isinstance(dataset, ZeroShotSet) else ("image", "caption")
-        check_source(source, needs)
+        check_source(source, FIELDS_NEEDED[type(dataset)])
         maker = Maker(source, self.patchifier, self.tokenizer, self.seed)
         return EvalBatches(
             maker,
@@ -195,6 +209,12 @@ class SigLIP2Data(LightningDataModule):
 def caption_name(language: str | None) -> str:
     """Returns the name of the caption view of a language in evaluation, for example `caption:de`."""
     return "caption" if language is None else f"caption:{language}"
+
+
+def region_names(language: str | None) -> tuple[str, str]:
+    """Returns the names of the text and the box view of a language in evaluation, for example `region_text:de`."""
+    suffix = "" if language is None else f":{language}"
+    return f"region_text{suffix}", f"region_box{suffix}"
 
 
 def read_tokenizer(path: str, text: TextOptions) -> Tokenizer:

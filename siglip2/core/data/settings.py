@@ -98,6 +98,25 @@ class RetrievalSet:
 
 
 @dataclass(frozen=True)
+class ReferringSet:
+    """Images with boxes whose texts are located by a trained decoder; one region of each image is asked for.
+
+    Args:
+        path: shards, a table or an image folder; see data.train.path.
+        languages: texts are located in each of them; null if texts have none.
+        format: tar, table, folder, or auto.
+        fields: where image and regions are found in a sample.
+        limit: use only so many images.
+    """
+
+    path: str
+    languages: list[str] | None = None
+    format: str = "auto"
+    fields: Fields = field(default_factory=Fields)
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
 class PredictSet:
     """Pictures to describe and texts to choose from.
 

@@ -1,9 +1,12 @@
 """A self-contained HTML page that shows what a training run learned: one file, no network."""
 
 from siglip2.core.report.data import (
+    BoxExample,
+    CaptionExample,
     Curve,
     Heatmap,
     ImageExample,
+    ReferringRow,
     RetrievalExample,
     RetrievalRow,
     RunReport,
@@ -12,9 +15,12 @@ from siglip2.core.report.data import (
 from siglip2.core.report.render import render, write_report
 
 __all__ = [
+    "BoxExample",
+    "CaptionExample",
     "Curve",
     "Heatmap",
     "ImageExample",
+    "ReferringRow",
     "RetrievalExample",
     "RetrievalRow",
     "RunReport",

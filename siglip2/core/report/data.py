@@ -3,12 +3,14 @@
 Rates and scores are fractions in [0, 1]. A value that was not measured may be NaN; it is shown as a dash.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 Picture = npt.NDArray[np.uint8]  # [H, W, 3]
+Box = tuple[float, float, float, float]  # xmin, ymin, xmax, ymax as shares of width and height
 
 
 def _check_picture(picture: Picture, owner: str) -> None:
@@ -25,6 +27,12 @@ def _check_lengths(owner: str, **columns: int) -> None:
     if len(set(columns.values())) > 1:
         found = ", ".join(f"{name} {length}" for name, length in columns.items())
         raise ValueError(f"{owner}: lists must have one length, found {found}")
+
+
+def _check_box(box: Box, owner: str) -> None:
+    """Refuses a box that cannot be drawn."""
+    if len(box) != 4 or not all(map(math.isfinite, box)) or box[0] >= box[2] or box[1] >= box[3]:
+        raise ValueError(f"{owner}: a box is (xmin, ymin, xmax, ymax) with min < max, found {list(box)}")
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,25 @@ class RetrievalRow:
     num_texts: int
     text_to_image: dict[int, float]
     image_to_text: dict[int, float]
+
+
+@dataclass(frozen=True)
+class ReferringRow:
+    """Texts located in their pictures, on one data set in one language.
+
+    Args:
+        dataset: name of the data set; rows of one data set are shown together.
+        language: code of the texts; empty if they have none.
+        num_texts: texts that were located, each in its own picture.
+        accuracy: share of texts whose predicted box has an intersection over union of at least 0.5 with the true one.
+        iou: mean intersection over union; a text without a readable box counts as 0.
+    """
+
+    dataset: str
+    language: str
+    num_texts: int
+    accuracy: float
+    iou: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +188,52 @@ class Heatmap:
             raise ValueError(f"heatmap {self.text!r}: similarity must be [rows, columns], found shape {shape}")
 
 
+@dataclass(frozen=True, eq=False)
+class BoxExample:
+    """Where in a picture a text is said to be, and where it is.
+
+    Args:
+        image: uint8 picture [H, W, 3].
+        text: the text.
+        language: its code.
+        predicted: the box that was predicted; None if none could be read.
+        true: the right box.
+    """
+
+    image: Picture
+    text: str
+    language: str
+    predicted: Box | None
+    true: Box
+
+    def __post_init__(self) -> None:
+        owner = f"box example {self.text!r}"
+        _check_picture(self.image, owner)
+        _check_box(self.true, owner)
+        if self.predicted is not None:
+            _check_box(self.predicted, owner)
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionExample:
+    """A picture with the caption that was generated for it and a true one.
+
+    Args:
+        image: uint8 picture [H, W, 3].
+        generated: the caption that was generated; may be empty.
+        truth: a caption that the picture came with.
+        language: code of both.
+    """
+
+    image: Picture
+    generated: str
+    truth: str
+    language: str = ""
+
+    def __post_init__(self) -> None:
+        _check_picture(self.image, f"caption example {self.truth!r}")
+
+
 @dataclass(eq=False)
 class RunReport:
     """All that is known of a run; a part left empty leaves no trace on the page.
@@ -172,9 +245,12 @@ class RunReport:
         curves: training curves.
         zero_shot: zero-shot results.
         retrieval: retrieval results.
+        referring: how well texts were located.
         text_to_image: texts and the pictures they found.
         image_to_text: pictures and the texts they found.
         heatmaps: text-to-patch similarity.
+        boxes: texts and the boxes predicted for them.
+        captions: generated captions beside true ones.
         recipe: the recipe as YAML, shown folded.
         notes: what a reader should know, such as what was not run.
     """
@@ -185,8 +261,11 @@ class RunReport:
     curves: list[Curve] = field(default_factory=list)
     zero_shot: list[ZeroShotRow] = field(default_factory=list)
     retrieval: list[RetrievalRow] = field(default_factory=list)
+    referring: list[ReferringRow] = field(default_factory=list)
     text_to_image: list[RetrievalExample] = field(default_factory=list)
     image_to_text: list[ImageExample] = field(default_factory=list)
     heatmaps: list[Heatmap] = field(default_factory=list)
+    boxes: list[BoxExample] = field(default_factory=list)
+    captions: list[CaptionExample] = field(default_factory=list)
     recipe: str = ""
     notes: list[str] = field(default_factory=list)

@@ -1,10 +1,10 @@
-"""Pictures: what a text found, what a picture found, and where in a picture a text is."""
+"""Pictures: what a text found, what a picture found, where in a picture a text is, and what was written of it."""
 
 import math
 from collections.abc import Iterable
 
 from siglip2.core.report.charts import bar
-from siglip2.core.report.data import Heatmap, ImageExample, Picture, RetrievalExample, RunReport
+from siglip2.core.report.data import CaptionExample, Heatmap, ImageExample, Picture, RetrievalExample, RunReport
 from siglip2.core.report.markup import Html, Section, el, language_name, probability, said
 from siglip2.core.report.pictures import data_uri, overlay, similarity_range
 
@@ -108,3 +108,19 @@ def heatmap_card(heatmap: Heatmap) -> Html:
     )
     caption = el("figcaption", said(heatmap.text, heatmap.language), tag(heatmap.language))
     return el("figure", pair, caption, scale, cls="card map")
+
+
+def captions(report: RunReport) -> Section | None:
+    """Pictures, each with the caption that was generated beside a true one."""
+    cards = [caption_card(example) for example in report.captions]
+    lead = "Bold: what the decoder wrote. Below it: a caption that came with the picture."
+    return Section("captions", "Generated captions beside the truth", lead, grid(cards)) if cards else None
+
+
+def caption_card(example: CaptionExample) -> Html:
+    """One picture and both captions."""
+    written = said(example.generated, example.language) if example.generated else el("span", "(nothing)")
+    generated = el("p", written, tag(example.language), cls="query")
+    truth = el("p", el("span", "Truth", cls="label"), said(example.truth, example.language), cls="truth")
+    frame = el("span", picture(example.image, "captioned picture"), cls="frame")
+    return el("article", frame, el("div", generated, truth), cls="card beside")

@@ -3,15 +3,20 @@
 import math
 
 from siglip2.core.report.charts import bar
-from siglip2.core.report.data import RetrievalRow, RunReport, ZeroShotRow
+from siglip2.core.report.data import ReferringRow, RetrievalRow, RunReport, ZeroShotRow
 from siglip2.core.report.markup import Html, count, el, language_name, number, percent
 from siglip2.core.report.series import series
 from siglip2.core.report.tables import mean
 
 
 def headline(report: RunReport) -> Html:
-    """Up to five cards; nothing for a run of which nothing was measured."""
-    cards = [*zero_shot_cards(report.zero_shot), *retrieval_cards(report.retrieval), *loss_cards(report)]
+    """Up to six cards; nothing for a run of which nothing was measured."""
+    cards = [
+        *zero_shot_cards(report.zero_shot),
+        *retrieval_cards(report.retrieval),
+        *referring_cards(report.referring),
+        *loss_cards(report),
+    ]
     return el("div", *cards, cls="figures") if cards else Html()
 
 
@@ -20,7 +25,7 @@ def card(label: str, value: str, note: str, *extra: str) -> Html:
     return el("div", el("p", label, cls="label"), el("p", value, cls="value"), *extra, el("p", note, cls="note"))
 
 
-def is_english(row: ZeroShotRow | RetrievalRow) -> bool:
+def is_english(row: ZeroShotRow | RetrievalRow | ReferringRow) -> bool:
     """Whether the texts of a row are English, whatever the region."""
     return row.language.lower().replace("_", "-").partition("-")[0] == "en"
 
@@ -58,13 +63,23 @@ def retrieval_cards(rows: list[RetrievalRow]) -> list[Html]:
     ]
 
 
+def referring_cards(rows: list[ReferringRow]) -> list[Html]:
+    """The share of texts that were located, in English or else the first language."""
+    if not rows:
+        return []
+    chosen = next(filter(is_english, rows), rows[0])
+    name = f"Referring accuracy, {language_name(chosen.language)}" if chosen.language else "Referring accuracy"
+    note = f"{chosen.dataset}; boxes at IoU 0.5, {count(chosen.num_texts, 'text')}"
+    return [card(name, percent(chosen.accuracy), note, bar(chosen.accuracy))]
+
+
 def loss_cards(report: RunReport) -> list[Html]:
     """The first loss, where it ended and where it began."""
     curve = next((curve for curve in report.curves if curve.name.startswith("train/")), None)
     if curve is None or not curve.steps:
         return []
     data = series(curve)
-    name = f"{curve.name.removeprefix('train/')} loss, last".lstrip()
+    name = f"{curve.name.removeprefix('train/').removesuffix('loss')} loss, last".lstrip()
     name = name[0].upper() + name[1:]
     if data.broken:
         # The last finite value would make a run that blew up look well.

@@ -5,12 +5,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from siglip2.core.report.boxes import boxes
 from siglip2.core.report.charts import panel
 from siglip2.core.report.data import Curve, RunReport
-from siglip2.core.report.examples import heatmaps, image_to_text, text_to_image
+from siglip2.core.report.examples import captions, heatmaps, image_to_text, text_to_image
 from siglip2.core.report.headline import headline
 from siglip2.core.report.markup import Html, Section, count, el, join, said
-from siglip2.core.report.tables import retrieval, zero_shot
+from siglip2.core.report.tables import referring, retrieval, zero_shot
 from siglip2.core.report.theme import CSS, SCRIPT
 
 
@@ -48,7 +49,7 @@ def notes(report: RunReport) -> Section | None:
 
 
 SECTIONS: tuple[Callable[[RunReport], Section | None], ...] = (
-    curves, zero_shot, retrieval, text_to_image, image_to_text, heatmaps, recipe, notes,
+    curves, zero_shot, retrieval, referring, text_to_image, image_to_text, heatmaps, boxes, captions, recipe, notes,
 )  # fmt: skip
 
 # The page needs nothing from anywhere, and the browser is told to hold it to that.

@@ -1,14 +1,14 @@
-"""Zero-shot and retrieval results as tables with bars."""
+"""Zero-shot, retrieval and referring results as tables with bars."""
 
 import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from siglip2.core.report.charts import bar
-from siglip2.core.report.data import RetrievalRow, RunReport, ZeroShotRow
+from siglip2.core.report.data import ReferringRow, RetrievalRow, RunReport, ZeroShotRow
 from siglip2.core.report.markup import Html, Section, count, el, language_name, percent
 
-Row = TypeVar("Row", ZeroShotRow, RetrievalRow)
+Row = TypeVar("Row", ZeroShotRow, RetrievalRow, ReferringRow)
 
 
 def mean(values: Iterable[float]) -> float:
@@ -51,6 +51,11 @@ def dataset_line(text: str, columns: int) -> Html:
     return el("tr", el("th", text, colspan=columns, scope="rowgroup"), cls="dataset")
 
 
+def standard_error(share: float, num: int) -> float:
+    """Binomial standard error of a share of `num`; NaN where there is none."""
+    return math.sqrt(share * (1 - share) / num) if num and 0 <= share <= 1 else math.nan
+
+
 def zero_shot(report: RunReport) -> Section | None:
     """A row per language, best first, with its bar; a mean row where there is more than one."""
     if not report.zero_shot:
@@ -82,7 +87,7 @@ def zero_shot_line(
     name: str, top1: float, top5: float, chance: float, num_images: int = 0, *, cls: str | None = None
 ) -> Html:
     """One row of the zero-shot table."""
-    spread = math.sqrt(top1 * (1 - top1) / num_images) if num_images and 0 <= top1 <= 1 else math.nan
+    spread = standard_error(top1, num_images)
     lift = f"{top1 / chance:.1f}" if chance > 0 and math.isfinite(top1 / chance) else "–"
     return el(
         "tr",
@@ -138,3 +143,39 @@ def recall_line(
         for value, chance in zip([*there, *back], chances, strict=True)
     ]
     return el("tr", el("th", name, scope="row"), *cells, cls=cls)
+
+
+def referring(report: RunReport) -> Section | None:
+    """A row per language with its bar; a mean row where there is more than one."""
+    if not report.referring:
+        return None
+    head = ["Language", "Accuracy", "Boxes at IoU 0.5 or more", "± s.e.", "Mean IoU"]
+    bodies = []
+    for dataset, rows in by_dataset(report.referring).items():
+        lines = [
+            referring_line(language_name(row.language) or "All", row.accuracy, row.iou, row.num_texts) for row in rows
+        ]
+        if len(rows) > 1:
+            accuracy, iou = mean(row.accuracy for row in rows), mean(row.iou for row in rows)
+            lines.append(referring_line(mean_name([row.accuracy for row in rows]), accuracy, iou, cls="mean"))
+        line = size_line(dataset, text=(row.num_texts for row in rows))
+        bodies.append(el("tbody", dataset_line(line, len(head)), *lines))
+    lead = (
+        "Accuracy: share of texts whose box overlaps the true one with an intersection over union (IoU) of at least "
+        "0.5. A text without a readable box counts as wrong. s.e.: binomial standard error."
+    )
+    return Section("referring", "Referring expressions", lead, table(head, bodies, cls="ranked"))
+
+
+def referring_line(name: str, accuracy: float, iou: float, num_texts: int = 0, *, cls: str | None = None) -> Html:
+    """One row of the referring table."""
+    spread = standard_error(accuracy, num_texts)
+    return el(
+        "tr",
+        el("th", name, scope="row"),
+        el("td", el("b", percent(accuracy))),
+        el("td", bar(accuracy), cls="wide"),
+        el("td", percent(spread) if math.isfinite(spread) else "", cls="muted"),
+        el("td", f"{iou:.2f}" if math.isfinite(iou) else "–"),
+        cls=cls,
+    )

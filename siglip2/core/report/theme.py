@@ -109,6 +109,23 @@ margin-bottom:4px}
 .map figcaption{display:flex;gap:10px;justify-content:space-between;align-items:baseline;margin:10px 2px 6px;
 font-weight:600;line-height:1.35}
 .map .scale{display:flex;gap:8px;align-items:center;font-size:12px;color:var(--soft);margin:auto 2px 0}
+.pairs{grid-template-columns:repeat(auto-fill,minmax(min(230px,calc(50% - 6px)),1fr))}
+.pairs figcaption{flex-wrap:wrap}
+.pairs figcaption span:first-child{flex:1 1 8em}
+.boxed{display:block;position:relative;aspect-ratio:var(--ratio);border-radius:6px;overflow:hidden;
+background:var(--track)}
+.boxed svg{position:absolute;inset:0;width:100%;height:100%}
+rect{fill:none;vector-effect:non-scaling-stroke;stroke-width:2.5}
+.predicted{stroke:#2f6bff}
+.true{stroke:#16181c;stroke-dasharray:6 4}
+.halo{stroke:#fff;stroke-width:5;opacity:.85}
+.agreement{color:var(--soft);font-size:13px;margin:auto 2px 0}
+.right .agreement{color:var(--good);font-weight:650}
+.legend{display:flex;flex-wrap:wrap;gap:6px 22px;font-size:14px;margin-bottom:14px}
+.legend span{display:flex;align-items:center;gap:8px}
+.legend svg{width:34px;height:24px}
+.truth{color:var(--soft);line-height:1.4}
+.truth .label{display:block}
 .ramp{flex:1;height:5px;border-radius:2px;print-color-adjust:exact;-webkit-print-color-adjust:exact;
 background:linear-gradient(90deg,#000004,#1b0c41,#4a0c6b,#781c6d,#a52c60,#cf4446,#ed6925,#fb9b06,#fcffa4)}
 details{margin-top:12px}

@@ -16,7 +16,7 @@ from siglip2.core.report import (
     RunReport,
     ZeroShotRow,
 )
-from siglip2.core.report.data import Picture
+from siglip2.core.report.data import BoxExample, CaptionExample, Picture, ReferringRow
 
 TOP1 = {
     "en": 0.712, "de": 0.655, "fr": 0.648, "es": 0.661, "it": 0.622, "ru": 0.583, "zh": 0.547, "ja": 0.521,
@@ -103,6 +103,14 @@ def heatmap(picture: Picture, text: str, language: str, seed: int) -> Heatmap:
     return Heatmap(picture, text, language, 0.02 + 0.2 * bump + rng.normal(0, 0.012, (6, 6)))
 
 
+def boxed(picture: Picture, text: str, language: str, seed: int) -> BoxExample:
+    """A true box and a predicted one further off with every seed; the last has none that could be read."""
+    x, y = np.random.default_rng(seed).uniform(0.05, 0.4, 2)
+    off = 0.03 * seed
+    predicted = None if seed == len(QUERIES) - 1 else (x + off, y + off / 2, x + 0.5 + off, y + 0.3 + off)
+    return BoxExample(picture, text, language, predicted, (x, y, x + 0.45, y + 0.35))
+
+
 def full_report() -> RunReport:
     """A full report: 12 languages, 8 curves, 8 examples of each kind."""
     draw, texts = pictures(1), 2 * [text for text, _ in QUERIES]
@@ -128,6 +136,7 @@ def full_report() -> RunReport:
             RetrievalRow("Scenes captions", code, 1000, 5000, there, {k: r + 0.06 for k, r in there.items()})
             for code, there in recalls.items()
         ],
+        referring=[ReferringRow("Scenes", code, 1000, 0.8 * top1, 0.7 * top1) for code, top1 in TOP1.items()],
         text_to_image=[
             RetrievalExample(query, code, [next(draw) for _ in scores], scores, right(n % 3))
             for n, (query, code) in enumerate(QUERIES)
@@ -137,6 +146,10 @@ def full_report() -> RunReport:
             for n in range(8)
         ],
         heatmaps=[heatmap(next(draw), *query, seed) for seed, query in enumerate(QUERIES)],
+        boxes=[boxed(next(draw), *query, seed) for seed, query in enumerate(QUERIES)],
+        captions=[
+            CaptionExample(next(draw), "" if n == 7 else texts[n + n % 3], *query) for n, query in enumerate(QUERIES)
+        ],
         recipe=RECIPE,
         notes=[
             "The scenes are drawn, not photographed: numbers do not compare with those of natural images.",

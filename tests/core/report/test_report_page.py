@@ -22,6 +22,7 @@ from siglip2.core.report import (
     render,
     write_report,
 )
+from siglip2.core.report.data import BoxExample, CaptionExample, ReferringRow
 from siglip2.core.report.markup import VOID
 
 GREY = np.full((16, 24, 3), 128, np.uint8)
@@ -29,9 +30,12 @@ ANCHORS = {
     "curves": "curves",
     "zero_shot": "zero-shot",
     "retrieval": "retrieval",
+    "referring": "referring",
     "text_to_image": "text-to-image",
     "image_to_text": "image-to-text",
     "heatmaps": "heatmaps",
+    "boxes": "boxes",
+    "captions": "captions",
     "recipe": "recipe",
     "notes": "notes",
 }
@@ -115,14 +119,17 @@ def test_every_text_is_escaped() -> None:
         text_to_image=[RetrievalExample(EVIL, EVIL, [GREY], [0.5], [True])],
         image_to_text=[ImageExample(GREY, [EVIL], [0.5], [True])],
         heatmaps=[Heatmap(GREY, EVIL, EVIL, np.eye(2))],
+        referring=[ReferringRow(EVIL, EVIL, 10, 0.5, 0.5)],
+        boxes=[BoxExample(GREY, EVIL, EVIL, None, (0.0, 0.0, 1.0, 1.0))],
+        captions=[CaptionExample(GREY, EVIL, EVIL, EVIL)],
         recipe=EVIL,
         notes=[EVIL],
     )
     page = Page(render(report))
     assert page.tags.count("script") == page.tags.count("style") == 1
-    assert page.tags.count("img") == 4
+    assert page.tags.count("img") == 6
     assert "onerror" not in page.attributes
-    assert page.text.count(EVIL.replace("\ud800", "?")) >= 14
+    assert page.text.count(EVIL.replace("\ud800", "?")) >= 20
 
 
 def test_right_to_left_text_finds_its_direction() -> None:
@@ -160,6 +167,11 @@ def test_loss_that_ends_in_nan_shows_no_figure() -> None:
     assert "1 value not finite, the last one too" in page.text
 
 
+@pytest.mark.parametrize(("name", "label"), [("train/loss", "Loss, last"), ("train/sigmoid", "Sigmoid loss, last")])
+def test_loss_is_named_once(name: str, label: str) -> None:
+    assert f"{label}\n2.5\n" in Page(render(RunReport("t", curves=[Curve(name, [1, 2], [3.0, 2.5])]))).text
+
+
 def test_mean_row_and_headline_average_the_languages() -> None:
     rows = [ZeroShotRow("set", code, 100, 10, top1, 1.0, 0.1) for code, top1 in [("de", 0.2), ("en-GB", 0.65)]]
     text = Page(render(RunReport("t", zero_shot=rows))).text
@@ -186,6 +198,66 @@ def test_wrong_picture_or_length_is_refused() -> None:
         Curve("loss", [1, 2], [1.0])
     with pytest.raises(ValueError, match="images 1, scores 2, correct 1"):
         RetrievalExample("query", "en", [GREY], [0.5, 0.2], [True])
+
+
+def rects(page: str, cls: str) -> list[tuple[int, ...]]:
+    """x, y, width and height of the drawn boxes of one kind, the legend's left out."""
+    numbers = rf'<rect x="(\d+)" y="(\d+)" width="(\d+)" height="(\d+)" class="{cls}">'
+    return [tuple(map(int, found)) for found in re.findall(numbers, page)][1:]
+
+
+def test_boxes_are_drawn_where_they_are_with_their_overlap() -> None:
+    true, predicted = (0.1, 0.2, 0.5, 0.6), (0.1, 0.3, 0.5, 0.7)  # they share three of five tenths of height
+    page = render(RunReport("t", boxes=[BoxExample(GREY, "a cat", "en", predicted, true)]))
+    assert rects(page, "true") == [(100, 200, 400, 400)]
+    assert rects(page, "predicted") == [(100, 300, 400, 400)]
+    assert "IoU 0.60 ✓" in Page(page).text
+    assert "--ratio:24/16" in page  # so that shares of the picture are shares of the drawing
+
+
+def test_text_without_a_box_shows_the_true_one_alone() -> None:
+    page = render(RunReport("t", boxes=[BoxExample(GREY, "a cat", "en", None, (0.1, 0.2, 0.5, 0.6))]))
+    assert len(rects(page, "true")) == 1
+    assert rects(page, "predicted") == []
+    assert "no readable box" in Page(page).text
+
+
+def test_overlap_just_below_one_half_is_neither_right_nor_shown_as_one_half() -> None:
+    page = render(RunReport("t", boxes=[BoxExample(GREY, "a", "en", (0.0, 0.0, 0.498, 1.0), (0.0, 0.0, 1.0, 1.0))]))
+    assert "IoU 0.49\n" in Page(page).text
+    assert "card map right" not in page
+
+
+def test_box_beyond_the_picture_is_drawn_up_to_its_edge() -> None:
+    page = render(RunReport("t", boxes=[BoxExample(GREY, "a", "en", (-0.5, 0.25, 1.5, 0.75), (0.0, 0.0, 1.0, 1.0))]))
+    assert rects(page, "predicted") == [(0, 250, 1000, 500)]
+
+
+@pytest.mark.parametrize("box", [(0.5, 0.1, 0.2, 0.3), (0.1, 0.2, math.nan, 0.4), (0.1, 0.2, 0.3)])
+def test_what_is_no_box_is_refused(box: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"box example 'a cat': a box is \(xmin, ymin, xmax, ymax\) with min < max"):
+        BoxExample(GREY, "a cat", "en", box, (0.0, 0.0, 1.0, 1.0))  # type: ignore[arg-type]
+
+
+def test_generated_caption_stands_before_the_truth_and_an_empty_one_says_so() -> None:
+    captions = [CaptionExample(GREY, "eine Katze", "ein Hund", "de"), CaptionExample(GREY, "", "a dog")]
+    text = Page(render(RunReport("t", captions=captions))).text
+    assert "eine Katze\nGerman\nTruth\nein Hund\n" in text
+    assert "(nothing)\nTruth\na dog\n" in text
+
+
+def test_referring_accuracy_is_a_key_figure_and_a_table_with_its_mean() -> None:
+    rows = [ReferringRow("scenes", code, 100, accuracy, 0.4) for code, accuracy in [("de", 0.2), ("en", 0.5)]]
+    text = Page(render(RunReport("t", referring=rows))).text
+    assert "Referring accuracy, English\n50.0%\nscenes; boxes at IoU 0.5, 100 texts" in text
+    assert "German\n20.0%\n4.0%\n0.40" in text  # sqrt(0.2 * 0.8 / 100)
+    assert "Mean of 2 languages\n35.0%\n0.40" in text
+
+
+def test_referring_set_without_languages_is_called_all() -> None:
+    text = Page(render(RunReport("t", referring=[ReferringRow("scenes", "", 0, math.nan, math.nan)]))).text
+    assert "Referring accuracy\n–" in text
+    assert "All\n–\n–" in text
 
 
 def test_write_makes_folders_and_replaces_the_old_page(tmp_path: Path) -> None:
