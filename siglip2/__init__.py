@@ -7,10 +7,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from siglip2.core.batch import Batch, Patches
+    from siglip2.core.crops import GLOBAL, LOCAL, CropView
     from siglip2.core.data.fields import BadSample, Sample
     from siglip2.core.distributed import gather, rank, world_size
     from siglip2.core.hooks import hookimpl
     from siglip2.core.layout import Layout, Patchifier
+    from siglip2.core.masks import MaskView
     from siglip2.core.model.two_towers import ImageFeatures, TextFeatures, TwoTowers
     from siglip2.core.plugin import Objective, Plugin
     from siglip2.core.schedules import Schedule
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "siglip2.core.batch": ("Batch", "Patches"),
+    "siglip2.core.crops": ("GLOBAL", "LOCAL", "CropView"),
     "siglip2.core.distributed": ("gather", "rank", "world_size"),
     "siglip2.core.hooks": ("hookimpl",),
     "siglip2.core.data.fields": ("BadSample", "Sample"),
     "siglip2.core.layout": ("Layout", "Patchifier"),
+    "siglip2.core.masks": ("MaskView",),
     "siglip2.core.model.two_towers": ("ImageFeatures", "TextFeatures", "TwoTowers"),
     "siglip2.core.plugin": ("Objective", "Plugin"),
     "siglip2.core.schedules": ("Schedule",),
@@ -32,13 +36,17 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "CAPTION",
+    "GLOBAL",
     "IMAGE",
+    "LOCAL",
     "BadSample",
     "Batch",
     "Context",
+    "CropView",
     "ImageFeatures",
     "ImageView",
     "Layout",
+    "MaskView",
     "Objective",
     "Patches",
     "Patchifier",

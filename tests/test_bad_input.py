@@ -2,17 +2,23 @@
 
 import io
 import json
+import math
 import re
 import shutil
 import signal
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from siglip2.cli.main import main
 from siglip2.cli.training import SigLIP2CLI
+from siglip2.core.batch import Batch, Fault
 from siglip2.core.callbacks.faults import FaultCounter
+
+STAGED = str(Path(__file__).parent / "staged.yaml")
 
 
 @pytest.fixture
@@ -91,8 +97,26 @@ def test_two_patchifiers_are_an_error_that_names_both():
         def patchifier(self):
             return Fixed(image_size=32)._patchifier
 
-    with pytest.raises(ValueError, match="exactly one patchifier, found fixed and second"):
+    with pytest.raises(ValueError, match="found fixed and second: remove one \\(--plugins.fixed off"):
         tiny_module([Fixed(image_size=32, batch_size=4), Second()])
+
+
+@pytest.mark.parametrize("plugin", ["silc", "tips"])
+def test_self_distillation_without_a_teacher_names_the_plugin_to_add(failed, tiny_recipe, plugin):
+    message = failed("fit", *tiny_recipe, f"--plugins.{plugin}", "on")
+    assert f"plugin '{plugin}' needs the encoder 'teacher': add `ema_teacher` to the recipe's plugins" in message
+
+
+def test_teacher_that_wakes_after_its_pupil_is_an_error(failed, tiny_recipe):
+    late = ["--plugins.ema_teacher.start", "0.9", "--plugins.silc.start", "0.5"]
+    assert "'ema_teacher' is awake from 0.9 to 1: give both the same `start`" in failed("fit", *tiny_recipe, *late)
+
+
+def test_two_descriptions_of_the_global_view_print_both(failed, tiny_recipe):
+    message = failed("fit", *tiny_recipe, "--config", STAGED, "--plugins.silc.global_scale", "[0.5,1.0]")
+    assert "view 'global' is described twice" in message
+    assert "scale=(0.5, 1.0)" in message
+    assert "scale=(0.4, 1.0)" in message
 
 
 def test_recipe_without_an_objective_is_stopped_by_the_rehearsal(failed, tiny_recipe):
@@ -188,6 +212,60 @@ def test_sample_without_caption_is_counted_and_skipped(tiny_recipe, shards):
     counter = counted([*tiny_recipe, "--data.train.path", shards])
     assert counter.bad >= 1
     assert any("no caption" in line for line in counter.examples)
+
+
+BAD_REGIONS = {
+    "0001": [{"box": [0.2, 0.2, 1.4, 0.5], "captions": {"en": "beyond the edge"}}],
+    "0002": [{"box": [0.5, 0.2, 0.5, 0.6], "captions": {"en": "no width"}}],
+    "0003": [{"captions": {"en": "no box"}}],
+    "0004": [{"box": [0.1, 0.1, 0.5, 0.5], "captions": {"en": " "}}],
+    "0005": None,
+    "0006": [{"box": [0.1, 0.1, float("nan"), 0.5], "captions": {"en": "not a number"}}],
+}
+
+
+def test_bad_regions_and_long_captions_are_noted_and_the_rest_is_trained_on(tiny_recipe, shards):
+    """Boxes outside [0, 1], without area, missing or no numbers; no text; no regions; more tokens than there is room."""
+
+    def spoil(name, data):
+        key, _, kind = name.partition(".")
+        if kind != "json":
+            return data
+        meta = json.loads(data)
+        if key in BAD_REGIONS:
+            meta["regions"] = BAD_REGIONS[key]
+        if key == "0007":
+            meta["caption"] = {"en": "a red disc and " * 40}
+        return json.dumps(meta).encode()
+
+    for shard in shards.glob("*.tar"):
+        rewrite(shard, spoil)
+    cli = SigLIP2CLI([*tiny_recipe, "--config", STAGED, "--data.train.path", str(shards)], command="fit")
+    losses = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(outputs["loss"].item())
+
+    cli.trainer.callbacks.append(Watch())
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    counter = next(c for c in cli.trainer.callbacks if isinstance(c, FaultCounter))
+    assert counter.bad == 0
+    assert {"bad box", "no region text", "caption cut", "caption cut for the decoder"} <= set(counter.notes)
+    assert len(losses) == 10
+    assert all(math.isfinite(loss) for loss in losses)
+    assert all(tensor.isfinite().all() for tensor in cli.model.state_dict().values())
+
+
+def test_notes_are_logged_by_name_and_survive_a_checkpoint(caplog):
+    counter, again = FaultCounter(), FaultCounter()
+    batch = Batch({}, 4, 0, notes=(Fault("a.tar", "0001", "bad box: region 0 has [2, 0, 3, 1]"),))
+    for _ in range(2):
+        counter.on_train_batch_start(None, None, batch, 0)
+    assert "a.tar: 0001: bad box: region 0 has [2, 0, 3, 1]" in caplog.text
+    again.load_state_dict(counter.state_dict())
+    assert again.notes == {"bad box": 2}
+    assert again.bad == 0
 
 
 def test_tar_cut_in_the_middle_keeps_the_samples_before_the_cut_and_says_what_to_do(

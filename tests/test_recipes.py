@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from siglip2.core.model.sizes import ShapeOptions
+from siglip2.core.rehearsal import rehearse as rehearse_phases
+from siglip2.plugins.locca import Prefixes
 from siglip2.recipes import expand_arguments, find_recipe, load_recipe, recipes_folder, shipped
 from siglip2.registry import catalogue, read_plugins
-from siglip2.testing import rehearse
+from siglip2.testing import TinyModule, tiny_tokenizer
 
 
 def written(folder, name, recipe):
@@ -112,6 +115,73 @@ def test_other_arguments_pass_through_in_order():
     ]
 
 
-def test_quickstart_plugins_rehearse_with_tiny_towers():
-    options = {**read_plugins(load_recipe("quickstart")["plugins"])}
-    rehearse([catalogue()[name].cls(**given) for name, given in options.items() if given is not None])
+WHOLE = [n for n in shipped() if "/" not in n]
+NARROW = {"width": 64, "depth": 2, "mlp_dim": 128, "num_heads": 2}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_recipe_builds_at_two_narrow_layers_and_rehearses(name):
+    recipe = load_recipe(name)
+    options = {n: given for n, given in read_plugins(recipe["plugins"]).items() if given is not None}
+    plugins = [catalogue()[n].cls(**typed(n, given)) for n, given in options.items()]
+    shapes = {"vision": ShapeOptions(**NARROW), "text": ShapeOptions(**NARROW)}
+    tokenizer = tiny_tokenizer(recipe.get("data", {}).get("text", {}).get("length", 64))
+    module = TinyModule(plugins, tokenizer, size=recipe["model"]["size"], **shapes)
+    rehearse_phases(module, module.phases, lambda phase: module.fake_batch(phase.start, batch_size=2))
+    starts = {phase.start for phase in module.phases}
+    assert starts == {0.0, 0.8}
+
+
+def typed(name, given):
+    """Options with what the parser would make of nested ones."""
+    return {k: Prefixes(**v) if k == "prefixes" else v for k, v in given.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "factor"),
+    [
+        ("siglip2-b16-256", "B/16", 0.25),
+        ("siglip2-l16-256", "L/16", 0.5),
+        ("siglip2-so400m14-224", "So400m/14", 1.0),
+        ("siglip2-so400m16-256", "So400m/16", 1.0),
+        ("siglip2-g-opt16-256", "g-opt/16", 0.5),
+    ],
+)
+def test_published_recipe_has_the_published_numbers(name, size, factor):
+    """SigLIP 2, sections 2.1 and 2.3; torch's decay is the paper's over its learning rate."""
+    recipe = load_recipe(name)
+    plugins = read_plugins(recipe["plugins"])
+    assert list(plugins) == ["fixed", "sigmoid", "locca", "ema_teacher", "silc", "tips"]
+    assert plugins["fixed"]["batch_size"] == 32768
+    assert plugins["locca"]["weight"] == 1.0
+    assert (plugins["silc"]["weight"], plugins["tips"]["weight"]) == (factor, 0.25 * factor)
+    assert {plugins[n]["start"] for n in ("ema_teacher", "silc", "tips")} == {0.8}
+    assert recipe["model"]["size"] == size
+    adam = recipe["model"]["optimizer"]["init_args"]
+    assert (adam["lr"], adam["betas"], adam["weight_decay"]) == (1e-3, [0.9, 0.95], pytest.approx(1e-4 / 1e-3))
+    assert recipe["model"]["warmup"] == 20000
+    assert recipe["trainer"]["max_steps"] == 40_000_000_000 // 32768
+    assert recipe["trainer"]["gradient_clip_val"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overlay", "left"),
+    [
+        ("siglip1", ["fixed", "sigmoid"]),
+        ("no-sigmoid", ["fixed", "locca", "ema_teacher", "silc", "tips"]),
+        ("no-locca", ["fixed", "sigmoid", "ema_teacher", "silc", "tips"]),
+        ("no-silc", ["fixed", "sigmoid", "locca", "ema_teacher", "tips"]),
+        ("no-tips", ["fixed", "sigmoid", "locca", "ema_teacher", "silc"]),
+        ("no-ssl", ["fixed", "sigmoid", "locca"]),
+    ],
+)
+def test_overlay_turns_losses_off_in_every_recipe(overlay, left):
+    for name in WHOLE:
+        _, order = expand_arguments(["--config", name, "--config", f"losses/{overlay}"])
+        assert order == left
+
+
+def test_folder_of_recipes_is_described():
+    page = (recipes_folder() / "README.md").read_text()
+    missing = [name for name in shipped() if not name.startswith("size/") and name.split("/")[-1] not in page]
+    assert missing == []

@@ -278,7 +278,8 @@ def the_patchifier(hook: Any, plugins: Iterable[Plugin]) -> Patchifier:
     offering = [p.name for p in plugins if hasattr(p, "patchifier")]
     if len(offering) != 1:
         found = "none" if not offering else " and ".join(offering)
-        raise ValueError(f"a recipe needs exactly one patchifier, found {found}: `siglip2 plugins` lists what there is")
+        cure = f"remove one (--plugins.{offering[0]} off)" if offering else "`siglip2 plugins` lists what there is"
+        raise ValueError(f"a recipe needs exactly one patchifier, found {found}: {cure}")
     patchifier: Patchifier = hook()
     return patchifier
 

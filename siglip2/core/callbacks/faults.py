@@ -10,6 +10,7 @@ from siglip2.core.batch import Batch, Fault
 
 log = logging.getLogger(__name__)
 NAMED = 100  # faults named one by one; later ones only count
+NAMED_NOTES = 5  # the same for each kind of note: long captions are common
 EXAMPLES = 5
 
 
@@ -45,9 +46,10 @@ class FaultCounter(Callback):
             self.examples = [*self.examples, line][-EXAMPLES:]
             self.reasons[_kind(fault)] += 1
         for note in batch.notes:
-            if self.notes.total() < NAMED:
+            kind = _kind(note)
+            if self.notes[kind] < NAMED_NOTES:
                 log.warning("left a part of a sample out: %s: %s: %s", note.where, note.key, note.reason)
-            self.notes[_kind(note)] += 1
+            self.notes[kind] += 1
         if self.seen >= self.patience and self.bad > self.max_bad * self.seen:
             raise RuntimeError(self.summary())
 
