@@ -225,7 +225,7 @@ BAD_REGIONS = {
 
 
 def test_bad_regions_and_long_captions_are_noted_and_the_rest_is_trained_on(tiny_recipe, shards):
-    """Boxes outside [0, 1], without area, missing or no numbers; no text; no regions; more tokens than there is room."""
+    """Boxes outside [0, 1], without area, missing or no numbers; no text; no regions; more tokens than fit."""
 
     def spoil(name, data):
         key, _, kind = name.partition(".")
