@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from siglip2.core.views import Context, draw_text
+from siglip2.core.views import Context, draw_text, fitted_ids
 
 if TYPE_CHECKING:
     from siglip2.core.data.fields import Sample
@@ -121,7 +121,7 @@ class RegionText:
         drawn = draw_text(_evaluated(sample, self.language).captions, context, self.language)
         if drawn is None:
             raise sample.bad(f"no region text in {sorted(context.languages or ())}")
-        return torch.as_tensor(context.tokenizer(drawn.text))[None]
+        return fitted_ids(drawn.text, sample, context, what="region text")
 
 
 @dataclass(frozen=True)

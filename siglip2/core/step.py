@@ -105,7 +105,12 @@ class Step:
         return features
 
     def select(self, kept: Tensor) -> "Step":
-        """Returns the step on the rows `kept` ([B'] int64), with nothing computed yet."""
-        return Step(
+        """Returns the step on the rows `kept` ([B'] int64), with nothing computed yet.
+
+        What was logged stays, and what either step logs from here on is logged in both.
+        """
+        selected = type(self)(
             self.model, self.batch.select(kept), progress=self.progress, encoders=self.encoders, heads=self.heads
         )
+        selected.scalars = self.scalars
+        return selected

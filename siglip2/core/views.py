@@ -104,6 +104,21 @@ def draw_text(captions: Mapping[str, list[str]], context: Context, language: str
     return Text(code, captions[code][int(context.rng.integers(len(captions[code])))])
 
 
+def fitted_ids(text: str, sample: "Sample", context: Context, *, what: str) -> Tensor:
+    """Returns a text as the ids that the text tower reads, int32 [1, T]; a text that is cut is noted.
+
+    Args:
+        text: of any length.
+        sample: takes the note.
+        context: has the tokenizer.
+        what: the text is, for the note: caption.
+    """
+    ids, contract = context.tokenizer.ids(text), context.tokenizer.contract
+    if len(ids) > contract.room:
+        sample.note(f"{what} cut: {len(ids)} tokens, the text tower reads {contract.room} and their end")
+    return torch.tensor([contract.fit(ids)], dtype=torch.int32)
+
+
 @dataclass(frozen=True)
 class TextView:
     """One caption as token ids [1, T] int32.
@@ -122,10 +137,7 @@ class TextView:
         drawn = draw_text(captions, context, self.language)
         if drawn is None:
             raise sample.bad(f"no caption in {self.language or context.languages}, it has {sorted(captions)}")
-        ids, contract = context.tokenizer.ids(drawn.text), context.tokenizer.contract
-        if len(ids) > contract.room:
-            sample.note(f"caption cut: {len(ids)} tokens, the text tower reads {contract.room} and their end")
-        return torch.tensor([contract.fit(ids)], dtype=torch.int32)
+        return fitted_ids(drawn.text, sample, context, what="caption")
 
 
 @dataclass(frozen=True)

@@ -135,11 +135,6 @@ class TinyStep(Step):
             return super().head(name, by)
         return copy.deepcopy(super().head(name)).requires_grad_(False)
 
-    def select(self, kept: Tensor) -> "TinyStep":
-        return TinyStep(
-            self.model, self.batch.select(kept), progress=self.progress, encoders=self.encoders, heads=self.heads
-        )
-
 
 class TinyModule(SigLIP2Module):
     """The real Lightning module around towers of size tiny/16, usable without a trainer."""

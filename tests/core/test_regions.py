@@ -158,6 +158,15 @@ def test_without_a_language_any_region_will_do():
     assert RegionBox()(TinySource().read(3), context()).shape == (1, 4)
 
 
+def test_a_region_text_that_the_text_tower_cannot_read_whole_is_noted_once():
+    fits, long = "1" * 15, "1" * 16  # a digit is a token; 16 with the end
+    for text, notes in ((fits, []), (long, ["region text cut: 16 tokens, the text tower reads 15 and their end"])):
+        given = sample({"box": BOX, "caption": text})
+        for _ in range(2):
+            assert torch.equal(RegionText()(given, context()), tiny_tokenizer()(text)[None])
+        assert given.notes == notes
+
+
 @pytest.mark.parametrize("view", [RegionText("t", "it"), RegionBox("b", "it")])
 def test_evaluation_leaves_out_samples_without_a_region_in_the_language(view):
     with pytest.raises(BadSample, match="no region with a box and a text in 'it'"):

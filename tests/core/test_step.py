@@ -1,10 +1,13 @@
 """The step computes each feature once, and other encoders without gradient."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from siglip2 import Objective, hookimpl
+from siglip2.cli.training import SigLIP2CLI
 from siglip2.core.step import Step
 from siglip2.testing import fake_batch
 
@@ -86,3 +89,43 @@ def test_selected_step_computes_only_the_kept_rows(step):
     kept = step.select(torch.tensor([3, 1]))
     torch.testing.assert_close(kept.encode_image().embedding, everything[[3, 1]])
     assert (kept.progress, list(kept.encoders)) == (0.25, ["elder"])
+
+
+def test_scalars_of_a_step_and_of_what_was_selected_from_it_are_the_same(step):
+    step.log("kept", torch.tensor(0.5, requires_grad=True))
+    selected = step.select(torch.tensor([3, 1]))
+    selected.log("spread", torch.tensor(2.0))
+    assert step.scalars == selected.scalars == {"kept": torch.tensor(0.5), "spread": torch.tensor(2.0)}
+    assert not step.scalars["kept"].requires_grad
+
+
+def test_selected_step_is_of_the_same_class(counted):
+    class Special(Step):
+        pass
+
+    assert type(Special(counted, fake_batch(), progress=0.0).select(torch.tensor([1]))) is Special
+
+
+class EverySecond(Objective):
+    """Keeps every second row, and says how many it saw before and after."""
+
+    name = "every_second"
+
+    @hookimpl
+    def curate(self, step):
+        step.log("seen", torch.tensor(float(step.batch.size)))
+        return torch.arange(0, step.batch.size, 2)
+
+    def loss(self, step):
+        step.log("kept", torch.tensor(float(step.batch.size)))
+        return step.encode_image().embedding.pow(4).mean()
+
+
+def test_what_a_curator_and_an_objective_log_is_among_the_metrics_of_the_run(tiny_recipe, third_party_plugins):
+    module = SimpleNamespace(register_plugins=hookimpl(lambda: [EverySecond]))
+    dist = SimpleNamespace(name="every-second", version="1.2")
+    third_party_plugins.append(SimpleNamespace(name="toy", value="toy", dist=dist, load=lambda: module))
+    cli = SigLIP2CLI([*tiny_recipe, "--plugins.every_second", "on"], command="fit")
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    found = cli.trainer.callback_metrics
+    assert (found["train/seen"], found["train/kept"]) == (4, 2)

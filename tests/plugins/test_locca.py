@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -51,64 +50,76 @@ def make_inputs(seed=2):
     return inputs, memory, parallel
 
 
-# The equations, in float64 with loops.
+# The equations in float64, one sequence and one head at a time.
+
+
+def doubles(decoder):
+    """Its parameters by name in float64, for gradients that are not the decoder's own."""
+    return {name: p.detach().double().requires_grad_() for name, p in decoder.named_parameters()}
 
 
 def norm(x, weight, bias=0.0):
-    return (x - x.mean()) / np.sqrt(x.var() + 1e-6) * weight + bias
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight + bias
 
 
-def softmax(x):
-    e = np.exp(x - x.max())
-    return e / e.sum()
+def attention(x, y, wq, wk, wv, wo, *, sees, num_heads):
+    """Every query of x [T, D] looks at the rows of y [N, M] that `sees`, bool [T, N], allows."""
+    d = wq.shape[0] // num_heads
+    heads = []
+    for h in range(num_heads):
+        rows = slice(h * d, (h + 1) * d)
+        e = ((x @ wq[rows].T) @ (y @ wk[rows].T).T / math.sqrt(d)).exp() * sees
+        heads.append(e @ (y @ wv[rows].T) / e.sum(-1, keepdim=True))
+    return torch.cat(heads, dim=-1) @ wo.T
 
 
-def attention(x, y, wq, wk, wv, wo, sees):
-    """Every query of x [T, D] looks at the rows of y that `sees(t, n)` allows."""
-    d = wq.shape[0] // SHAPE.num_heads
-    out = np.zeros((len(x), wo.shape[0]))
-    for t in range(len(x)):
-        seen = [n for n in range(len(y)) if sees(t, n)]
-        heads = []
-        for h in range(SHAPE.num_heads):
-            rows = slice(h * d, (h + 1) * d)
-            q = wq[rows] @ x[t]
-            p = softmax(np.array([q @ (wk[rows] @ y[n]) / math.sqrt(d) for n in seen]))
-            heads.append(sum(p[i] * (wv[rows] @ y[n]) for i, n in enumerate(seen)))
-        out[t] = wo @ np.concatenate(heads)
-    return out
+def by_hand(w, ids, image, *, parallel, num_heads, valid=None):
+    """One sequence [T] about one image [N, M] through the decoder whose parameters are w: [T, D]."""
+    among = torch.ones(len(ids), len(ids), dtype=torch.float64)
+    among = among if parallel else among.tril()
+    at = torch.ones(len(ids), len(image), dtype=torch.float64) * (1 if valid is None else valid)
+    x = w["token_embed.weight"][ids] + w["pos_embed"][: len(ids)]
+    for i in range(sum(name.endswith("norm1.weight") for name in w)):
+        b = {name.removeprefix(f"blocks.{i}."): p for name, p in w.items()}
+        y, o = norm(x, b["norm1.weight"]), b["self_attn.proj.weight"]
+        x = x + attention(y, y, *b["self_attn.qkv.weight"].chunk(3), o, sees=among, num_heads=num_heads)
+        y, q, o = norm(x, b["norm2.weight"]), b["cross_attn.q.weight"], b["cross_attn.proj.weight"]
+        x = x + attention(y, image, q, *b["cross_attn.kv.weight"].chunk(2), o, sees=at, num_heads=num_heads)
+        y = norm(x, b["norm3.weight"]) @ b["mlp.fc1.weight"].T
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        x = x + y @ b["mlp.fc2.weight"].T
+    return norm(x, w["norm.weight"], w["norm.bias"])
 
 
-def by_hand(decoder, ids, image, *, parallel, valid=None):
-    """One sequence about one image through the decoder: [T, D]."""
-    w = {k: v.detach().double().numpy() for k, v in decoder.state_dict().items()}
-    image = image.double().numpy()
-    x = w["token_embed.weight"][ids.numpy()] + w["pos_embed"][: len(ids)]
-    for i in range(SHAPE.depth):
-        p = f"blocks.{i}."
-        q, k, v = np.split(w[p + "self_attn.qkv.weight"], 3)
-        y = np.stack([norm(row, w[p + "norm1.weight"]) for row in x])
-        x = x + attention(y, y, q, k, v, w[p + "self_attn.proj.weight"], lambda t, n: parallel or n <= t)
-        k, v = np.split(w[p + "cross_attn.kv.weight"], 2)
-        y = np.stack([norm(row, w[p + "norm2.weight"]) for row in x])
-        q, o = w[p + "cross_attn.q.weight"], w[p + "cross_attn.proj.weight"]
-        x = x + attention(y, image, q, k, v, o, lambda t, n: valid is None or bool(valid[n]))
-        y = np.stack([norm(row, w[p + "norm3.weight"]) for row in x]) @ w[p + "mlp.fc1.weight"].T
-        y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-        x = x + y @ w[p + "mlp.fc2.weight"].T
-    return np.stack([norm(row, w["norm.weight"], w["norm.bias"]) for row in x])
+def assert_near(found, expected, *, rtol=1e-4):
+    """Compares float32 with float64, to a share of the largest number: small ones are sums of large ones."""
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=rtol * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
-def test_decoder_is_that_of_cappa(fused, padded):
+def test_decoder_and_all_of_its_gradients_are_those_of_cappa(fused, padded):
     decoder, (inputs, memory, parallel) = make_decoder(fused=fused), make_inputs()
     valid = torch.arange(N) < torch.tensor([[N], [2]]) if padded else None
-    hidden = decoder(inputs, memory, parallel_R=parallel, valid_BN=valid)
-    for row in range(3 * B):  # row c * B + i is about image i
-        image_valid = None if valid is None else valid[row % B]
-        expected = by_hand(decoder, inputs[row], memory[row % B], parallel=bool(parallel[row]), valid=image_valid)
-        np.testing.assert_allclose(hidden[row].detach().numpy(), expected, atol=2e-5)
+    hidden = decoder(inputs, memory.requires_grad_(), parallel_R=parallel, valid_BN=valid)
+    w, image = doubles(decoder), memory.detach().double().requires_grad_()
+    rows = [  # row c * B + i is about image i
+        by_hand(
+            w, inputs[r], image[r % B], parallel=parallel[r], num_heads=4, valid=None if valid is None else valid[r % B]
+        )
+        for r in range(3 * B)
+    ]
+    expected = torch.stack(rows)
+    assert_near(hidden, expected, rtol=1e-5)
+    direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4))
+    hidden.backward(direction)
+    expected.backward(direction.double())
+    assert_near(memory.grad, image.grad)
+    for name, parameter in decoder.named_parameters():
+        if not name.startswith("out."):  # makes logits, which are not made here
+            assert_near(parameter.grad, w[name].grad)
 
 
 def test_three_sequences_about_an_image_are_decoded_as_if_alone():
@@ -217,15 +228,14 @@ def toy_batch(plugin, regions, captions):
     return join(rows, size=len(captions), index=0)
 
 
-def by_equation(plugin, hidden, ids, counted):
+def by_equation(weight, bias, hidden, ids, counted):
     """Mean over sequences of the mean over their counted tokens of -log softmax, in float64, a token at a time."""
-    weight, bias = plugin.decoder.out.weight.double(), plugin.decoder.out.bias.double()
     total = torch.zeros((), dtype=torch.float64)
     for r in range(len(ids)):
         terms = []
         for t in range(ids.shape[1]):
             if counted[r, t]:
-                logits = weight @ hidden[r, t].double() + bias
+                logits = weight @ hidden[r][t] + bias
                 terms.append(logits.exp().sum().log() - logits[int(ids[r, t])])
         if terms:
             total = total + torch.stack(terms).sum() / len(terms)
@@ -251,17 +261,24 @@ def test_loss_and_gradient_are_the_equation_in_float64(towers):
     assert 0 < sum(coins) < 4
     assert (counted[:8] != counted[:8, :1]).any()
     counted[5] = 0  # as if a picture had no region
-    loss = plugin.loss(Step(towers, batch, progress=0.0))
-    found = torch.autograd.grad(loss, [*plugin.decoder.out.parameters(), plugin.decoder.pos_embed])
-    mask_id = towers.text.token_embed.num_embeddings
-    inputs = inputs_by_hand(ids, counted, coins, mask_id)
-    parallel = torch.tensor(coins + [False] * 8)
-    hidden = plugin.decoder(inputs, towers.encode_image(batch.views["image"]).tokens, parallel_R=parallel)
-    expected = by_equation(plugin, hidden, ids, counted)
+    step = Step(towers, batch, progress=0.0)
+    tokens, names = step.encode_image("image").tokens, dict(plugin.decoder.named_parameters())
+    loss = plugin.loss(step)
+    found = torch.autograd.grad(loss, [*names.values(), tokens])
+
+    inputs = inputs_by_hand(ids, counted, coins, towers.text.token_embed.num_embeddings)
+    parallel = coins + [False] * 8
+    w, image, num_heads = (
+        doubles(plugin.decoder),
+        tokens.detach().double().requires_grad_(),
+        towers.text.shape.num_heads,
+    )
+    hidden = [by_hand(w, inputs[r], image[r % 4], parallel=parallel[r], num_heads=num_heads) for r in range(12)]
+    expected = by_equation(w["out.weight"], w["out.bias"], hidden, ids, counted)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    wanted = torch.autograd.grad(expected, [*plugin.decoder.out.parameters(), plugin.decoder.pos_embed])
+    wanted = torch.autograd.grad(expected, [*w.values(), image])
     for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+        assert_near(a, b)
 
 
 def test_neither_prefix_nor_padding_counts(towers):
@@ -418,11 +435,18 @@ def test_the_decoder_has_the_shape_of_the_text_tower_and_half_its_layers(text_de
     assert decoder.mask_id == decoder.out.out_features == towers.text.token_embed.num_embeddings
 
 
-@pytest.mark.parametrize("option", [{"length": 1}, {"parallel": 1.5}, {"depth": 0}])
+@pytest.mark.parametrize(
+    "option", [{"length": 1}, {"parallel": 1.5}, {"depth": 0}, {"min_score": -0.1}, {"min_score": 30}]
+)
 def test_options_out_of_range_are_errors(option):
     name, value = next(iter(option.items()))
     with pytest.raises(ValueError, match=f"locca: expected length >= 2, .* found .*{name}={value}"):
         LocCa(**option)
+
+
+def test_a_box_needs_at_least_one_bin():
+    with pytest.raises(ValueError, match="locca: expected bins >= 1, found 0"):
+        LocCa(bins=0)
 
 
 def test_a_plugin_in_a_package_is_found_by_its_name():

@@ -54,6 +54,23 @@ def test_three_tasks_are_text_after_a_prefix_that_does_not_count():
     ]
 
 
+@pytest.mark.parametrize("template", ["[{}, {}, {}, {}]", "{},{},{},{}", "{} {} {} {}", "<{}>-<{}>-<{}>-<{}>"])
+def test_where_captions_lose_their_punctuation_tasks_and_boxes_keep_theirs(template):
+    tokenizer = tiny_tokenizer()
+    canonical = Tokenizer(tokenizer.file, dataclasses.replace(tokenizer.contract, canonicalize=True))
+    boxes = BoxText(template=template)
+    prompts = Prompts(Prefixes(caption="Cap (zh-Hans): "), boxes)
+    given = sample("A red_disc!", [region("Gold: [box], 2")])
+    view = LocCaView(prompts=prompts)(given, context(tokenizer=canonical))
+    box = boxes.write(BOX)
+    assert written(view, canonical) == [
+        ("cap (zh-hans): a red disc", "a red disc", True),
+        (f"aref: gold box 2 : {box}", f"gold box 2 : {box}", True),
+        (f"gcap: {box} : gold box 2", f"{box} : gold box 2", True),
+    ]
+    assert boxes.read(canonical.decode(view[1, 0])) == boxes.read(box) == (62 / 500, 0.25, 0.5, 0.75)
+
+
 def test_padding_follows_the_one_eos_and_does_not_count():
     tokenizer = tiny_tokenizer()
     other = Tokenizer(tokenizer.file, dataclasses.replace(tokenizer.contract, pad_id=3))
@@ -212,6 +229,40 @@ def test_a_box_read_back_is_off_by_at_most_half_a_bin(order, bins):
         assert (torch.tensor(read) - given).abs().max() <= 0.5 / bins + 1e-6
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 0.0004, (0, 1)),
+        (0.0, 0.0, (0, 1)),
+        (0.0002, 0.0004, (0, 1)),
+        (0.0012, 0.0018, (0, 1)),  # 0.6 and 0.9 bins
+        (0.1996, 0.2004, (99, 101)),  # 99.8 and 100.2 bins
+        (0.2, 0.2004, (100, 101)),
+        (0.1996, 0.2, (99, 100)),
+        (0.2, 0.2, (100, 101)),
+        (0.9996, 1.0, (499, 500)),
+        (0.9996, 0.9998, (499, 500)),
+        (1.0, 1.0, (499, 500)),
+    ],
+)
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_box_thinner_than_a_bin_is_written_outwards_and_can_be_read(order, low, high, expected):
+    boxes = BoxText(order=order)
+    first, last = (number / 500 for number in expected)
+    assert boxes.read(boxes.write((low, 0.25, high, 0.75))) == (first, 0.25, last, 0.75)
+    assert boxes.read(boxes.write((0.25, low, 0.75, high))) == (0.25, first, 0.75, last)
+
+
+@pytest.mark.parametrize("bins", [1, 2, 37, 500])
+def test_every_box_with_an_area_can_be_read(bins):
+    for box in torch.rand(300, 2, 2, generator=torch.Generator().manual_seed(0)).double():
+        (xmin, ymin), (width, height) = box[0].tolist(), (10 ** (-6 * box[1])).tolist()
+        given = (xmin, ymin, min(xmin + width, 1.0), min(ymin + height, 1.0))
+        read = BoxText(bins).read(BoxText(bins).write(given))
+        assert read is not None
+        assert max(abs(a - b) for a, b in zip(read, given, strict=True)) < 1 / bins
+
+
 def test_a_box_beyond_the_edge_is_written_at_the_edge():
     assert BoxText().write((-0.1, 0.0, 1.0, 1.2)) == "[0, 0, 500, 500]"
 
@@ -255,3 +306,14 @@ def test_the_coin_is_fair_to_its_probability(probability, low, high):
     tosses = [CoinView(probability)(sample(), context(i)) for i in range(200)]
     assert all(toss.dtype == torch.bool and toss.shape == (1,) for toss in tosses)
     assert low <= torch.cat(tosses).sum() <= high
+
+
+def test_regions_may_be_restricted_to_some_languages_while_captions_are_not():
+    texts = {"en": "a red disc", "de": "rote scheibe"}
+    given = sample({"de": "eine rote scheibe"}, regions=[{"box": [0.1, 0.2, 0.5, 0.6], "captions": texts}])
+    for position in range(8):
+        caption, refer, ground = written(LocCaView(location_languages=("de",))(given, context(position)))
+        assert caption[0] == "cap: eine rote scheibe"
+        assert refer[1].startswith("rote scheibe : [")
+        assert ground[1].endswith("] : rote scheibe")
+    assert not LocCaView(location_languages=("it",))(given, context())[1:].any()

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,6 +19,7 @@ class FaultCounter(Callback):
     """Watches `Batch.faults`: training batches are held to a share, evaluation batches are reported.
 
     What was left out of samples that are used otherwise (`Batch.notes`) is counted and logged, and never stops a run.
+    In training it counts each time, in evaluation once, however often the same samples are evaluated.
 
     Args:
         max_bad: share of unusable samples from which the run stops.
@@ -29,8 +31,9 @@ class FaultCounter(Callback):
             raise ValueError(f"max_bad is a share of the samples, in [0, 1], found {max_bad}")
         self.max_bad, self.patience = max_bad, patience
         self.seen, self.reasons, self.examples = 0, Counter[str](), list[str]()
-        self.notes = Counter[str]()
+        self.notes, self.eval_notes = Counter[str](), Counter[str]()
         self._left_out: set[tuple[str, str]] = set()
+        self._noted: set[Fault] = set()
 
     @property
     def bad(self) -> int:
@@ -45,11 +48,7 @@ class FaultCounter(Callback):
                 log.warning("skipped a sample: %s", line)
             self.examples = [*self.examples, line][-EXAMPLES:]
             self.reasons[_kind(fault)] += 1
-        for note in batch.notes:
-            kind = _kind(note)
-            if self.notes[kind] < NAMED_NOTES:
-                log.warning("left a part of a sample out: %s: %s: %s", note.where, note.key, note.reason)
-            self.notes[kind] += 1
+        _count("left a part of a sample out", batch.notes, self.notes)
         if self.seen >= self.patience and self.bad > self.max_bad * self.seen:
             raise RuntimeError(self.summary())
 
@@ -60,20 +59,27 @@ class FaultCounter(Callback):
             if (fault.where, fault.key) not in self._left_out:
                 self._left_out.add((fault.where, fault.key))
                 log.warning("left out of the evaluation: %s: %s: %s", fault.where, fault.key, fault.reason)
+        new = [note for note in dict.fromkeys(batch.notes) if note not in self._noted]
+        self._noted.update(new)
+        _count("left a part of a sample out of the evaluation", new, self.eval_notes)
 
     on_test_batch_start = on_validation_batch_start
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.bad:
-            log.warning("%s", self.summary(stopped=False))
-        if self.notes:
-            kinds = ", ".join(f"{count} x {reason}" for reason, count in self.notes.most_common(5))
-            log.warning("parts of samples that were left out, in %d samples seen: %s", self.seen, kinds)
+        for remark in self.remarks():
+            log.warning("%s", remark)
+
+    def remarks(self) -> list[str]:
+        """Returns a sentence on the samples that were skipped and one on the parts that were left out, if there are."""
+        found = [self.summary(stopped=False)] if self.bad else []
+        counts = {f"{self.seen} samples seen in training": self.notes, "the evaluation": self.eval_notes}
+        parts = "; ".join(f"in {where} {_most_common(kinds)}" for where, kinds in counts.items() if kinds)
+        return [*found, f"Parts of samples were left out: {parts}."] if parts else found
 
     def summary(self, stopped: bool = True) -> str:
         """Returns what was skipped and why, and what to do."""
-        kinds = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(5))
-        text = f"{self.bad} of {self.seen} samples could not be used ({kinds}). The last: {'; '.join(self.examples)}."
+        kinds, last = _most_common(self.reasons), "; ".join(self.examples)
+        text = f"{self.bad} of {self.seen} samples could not be used ({kinds}). The last: {last}."
         if not stopped:
             return text
         return (
@@ -93,6 +99,19 @@ class FaultCounter(Callback):
         self.seen, self.reasons = state_dict["seen"], Counter(state_dict["reasons"])
         self.examples = list(state_dict["examples"])
         self.notes = Counter(state_dict.get("notes", {}))
+
+
+def _count(what: str, notes: Iterable[Fault], kinds: Counter[str]) -> None:
+    """Counts notes by their kind, and names the first few of each in the log."""
+    for note in notes:
+        kind = _kind(note)
+        if kinds[kind] < NAMED_NOTES:
+            log.warning("%s: %s: %s: %s", what, note.where, note.key, note.reason)
+        kinds[kind] += 1
+
+
+def _most_common(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(5))
 
 
 def _kind(fault: Fault) -> str:

@@ -96,7 +96,12 @@ class RunRecord(Callback):
             retrieval=list(self.retrieval.rows),
             referring=list(self.referring.rows),
             recipe=yaml.safe_dump(module.recipe, sort_keys=False, allow_unicode=True),
-            notes=[c.summary(stopped=False) for c in trainer.callbacks if isinstance(c, FaultCounter) and c.bad],  # type: ignore[attr-defined]
+            notes=[
+                remark
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
+                if isinstance(callback, FaultCounter)
+                for remark in callback.remarks()
+            ],
         )
         was_training = module.training
         module.eval()

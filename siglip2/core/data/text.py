@@ -120,9 +120,14 @@ class Tokenizer:
         """Rows the token embedding needs."""
         return self.contract.vocab_size
 
-    def ids(self, text: str) -> list[int]:
-        """Returns the ids of the cleaned text alone, of any length: no BOS, EOS, truncation or padding."""
-        return self._vocabulary.ids(self.contract.clean(text))
+    def ids(self, text: str, *, keep_punctuation: bool = False) -> list[int]:
+        """Returns the ids of the cleaned text alone, of any length: no BOS, EOS, truncation or padding.
+
+        Args:
+            text: a caption, or a piece of one.
+            keep_punctuation: clean it of capitals only, whatever the contract says of punctuation and spaces.
+        """
+        return self._vocabulary.ids(self.contract.clean(text, keep_punctuation=keep_punctuation))
 
     def __call__(self, text: str) -> Tensor:
         """Returns the ids of one caption, int32, shape [length]."""

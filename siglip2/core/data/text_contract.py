@@ -78,12 +78,17 @@ class TextContract:
             if id_ is not None and not 0 <= id_ < self.vocab_size:
                 raise ValueError(f"{name} {id_} is outside of the vocabulary of {self.vocab_size} ids")
 
-    def clean(self, text: str) -> str:
-        """Returns the caption as the vocabulary will see it."""
+    def clean(self, text: str, *, keep_punctuation: bool = False) -> str:
+        """Returns the caption as the vocabulary will see it.
+
+        Args:
+            text: as somebody wrote it.
+            keep_punctuation: only change the case, for text that a program wrote and has to read again.
+        """
         # A lone surrogate (half an emoji cut off in a JSON string) has no UTF-8 form and would stop the run.
         text = text.encode("utf-8", "replace").decode("utf-8")
         if self.canonicalize:
-            return canonicalize_text(text)
+            return text.lower() if keep_punctuation else canonicalize_text(text)
         if self.lowercase:
             return text.translate(_LOWER_ASCII) if self.lowercase_ascii_only else text.lower()
         return text

@@ -41,7 +41,9 @@ class LocCa(Objective):
         box_template: the text around the four numbers of a box. Not published; the brackets are ours.
         prefixes: what each task begins with; {language} in it becomes the language code of the text.
         parallel: probability in [0, 1] that a caption is predicted with all tokens hidden at once; 0.5 in SigLIP 2.
-        min_score: regions with a lower detector score are not used; 0.3 in LocCa. Those without a score are.
+        min_score: regions with a lower detector score are not used, in [0, 1]; 0.3 in LocCa. Those without a score are.
+        location_languages: only region texts in these languages are used to find and to name boxes; null takes all.
+            SigLIP 2 does not say; the detectors that make boxes are asked in English.
         start: progress in [0, 1] at which the objective wakes; before that it is not called at all.
         stop: progress in [0, 1] from which it sleeps again.
 
@@ -64,21 +66,25 @@ class LocCa(Objective):
         prefixes: Prefixes = Prefixes(),  # noqa: B008 - frozen
         parallel: float = 0.5,
         min_score: float = 0.3,
+        location_languages: list[str] | None = None,
         start: float = 0.0,
         stop: float = 1.0,
     ):
         super().__init__(weight=weight, start=start, stop=stop)
-        if length < 2 or not 0 <= parallel <= 1 or (depth is not None and depth < 1):
+        shares_good = 0 <= parallel <= 1 and 0 <= min_score <= 1
+        if length < 2 or not shares_good or (depth is not None and depth < 1):
             raise ValueError(
-                f"locca: expected length >= 2, 0 <= parallel <= 1 and depth >= 1 or null, found length={length}, "
-                f"parallel={parallel}, depth={depth}"
+                f"locca: expected length >= 2, depth >= 1 or null, parallel and min_score in [0, 1], found "
+                f"length={length}, depth={depth}, parallel={parallel}, min_score={min_score}"
             )
         self.length, self.depth, self.parallel, self.min_score = length, depth, parallel, min_score
+        self.location_languages = None if location_languages is None else tuple(location_languages)
         self.prompts = Prompts(prefixes, BoxText(bins, order, box_template))
 
     @hookimpl
     def views(self) -> list[View]:
-        return [IMAGE, LocCaView(self.length, self.prompts, self.min_score), CoinView(self.parallel)]
+        sequences = LocCaView(self.length, self.prompts, self.min_score, self.location_languages)
+        return [IMAGE, sequences, CoinView(self.parallel)]
 
     @hookimpl
     def setup(self, model: TwoTowers) -> None:

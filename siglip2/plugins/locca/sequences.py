@@ -2,8 +2,9 @@
 
 # C tasks, T decoder tokens
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,9 +81,20 @@ class BoxText:
             )
 
     def write(self, box: Box) -> str:
-        """Returns the text of (xmin, ymin, xmax, ymax) in [0, 1]."""
-        numbers = [min(max(round(edge * self.bins), 0), self.bins) for edge in box]
+        """Returns the text of (xmin, ymin, xmax, ymax) in [0, 1], each edge rounded to the nearest bin.
+
+        A box thinner than a bin grows outwards to at least one bin: without area it could not be read again.
+        """
+        (xmin, xmax), (ymin, ymax) = self._span(box[0], box[2]), self._span(box[1], box[3])
+        numbers = (xmin, ymin, xmax, ymax)
         return self.template.format(*(numbers[edge] for edge in ORDERS[self.order]))
+
+    def _span(self, low: float, high: float) -> tuple[int, int]:
+        low, high = (min(max(edge * self.bins, 0), self.bins) for edge in (low, high))
+        if round(low) != round(high):
+            return round(low), round(high)
+        first = min(math.floor(low), self.bins - 1)
+        return first, max(math.ceil(high), first + 1)
 
     def read(self, text: str) -> Box | None:
         """Returns the box after the last separator of a text; None where no four numbers there are a box."""
@@ -98,6 +110,9 @@ class BoxText:
 class Prompts:
     """The given beginning of each task as token ids; every piece is tokenised by itself, so that it is always the same.
 
+    What is ours in it (prefix, separator, box) keeps its punctuation and spaces even where those of captions are
+    stripped (`data.text.canonicalize`): they tell the tasks and the numbers of a box apart.
+
     Args:
         prefixes: what each task begins with.
         boxes: how boxes are written.
@@ -108,19 +123,19 @@ class Prompts:
 
     def prefix(self, task: str, language: str, tokenizer: "Tokenizer") -> list[int]:
         """Returns the ids of a task's prefix."""
-        return tokenizer.ids(self.prefixes.of(task, language))
+        return tokenizer.ids(self.prefixes.of(task, language), keep_punctuation=True)
 
     def until_box(self, text: str, tokenizer: "Tokenizer") -> list[int]:
         """Returns the ids of a region's text, up to where its box begins."""
-        return tokenizer.ids(text) + tokenizer.ids(SEPARATOR)
+        return tokenizer.ids(text) + tokenizer.ids(SEPARATOR, keep_punctuation=True)
 
     def box(self, box: Box, tokenizer: "Tokenizer") -> list[int]:
         """Returns the ids of a box."""
-        return tokenizer.ids(self.boxes.write(box))
+        return tokenizer.ids(self.boxes.write(box), keep_punctuation=True)
 
     def until_text(self, box: Box, tokenizer: "Tokenizer") -> list[int]:
         """Returns the ids of a region's box, up to where its text begins."""
-        return self.box(box, tokenizer) + tokenizer.ids(SEPARATOR)
+        return self.box(box, tokenizer) + tokenizer.ids(SEPARATOR, keep_punctuation=True)
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,7 @@ class LocCaView:
         length: T.
         prompts: what is given.
         min_score: regions with a lower detector score are not used.
+        location_languages: only region texts in these are used; None takes all.
         name: the key under which the step finds it.
         copies: one for each task.
     """
@@ -141,6 +157,7 @@ class LocCaView:
     length: int = 64
     prompts: Prompts = Prompts()
     min_score: float = 0.3
+    location_languages: tuple[str, ...] | None = None
     name: str = "locca"
     copies: int = len(TASKS)
 
@@ -148,7 +165,7 @@ class LocCaView:
         caption = draw_text(sample.captions(), context)
         if caption is None:
             raise sample.bad(f"no caption in {context.languages}, it has {sorted(sample.captions())}")
-        found = [r for r in regions(sample, min_score=self.min_score) if shares(r.captions, context)]
+        found = [r for r in self._regions(sample) if shares(r.captions, context)]
         rows = [
             self._caption(caption, sample, context),
             self._refer(*_draw(found, context), sample, context) if found else None,
@@ -156,6 +173,13 @@ class LocCaView:
         ]
         contract = context.tokenizer.contract
         return torch.tensor([self._filled(row, contract) for row in rows], dtype=torch.int32)
+
+    def _regions(self, sample: "Sample") -> list[Region]:
+        found = regions(sample, min_score=self.min_score)
+        if self.location_languages is None:
+            return found
+        wanted = self.location_languages
+        return [replace(r, captions={code: t for code, t in r.captions.items() if code in wanted}) for r in found]
 
     def _caption(self, caption: Text, sample: "Sample", context: "Context") -> tuple[list[int], list[int]]:
         prefix = self._prefix("caption", caption.language, context)

@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from siglip2.core.batch import Batch, Fault
-from siglip2.core.callbacks.faults import EXAMPLES, FaultCounter
+from siglip2.core.callbacks.faults import EXAMPLES, NAMED_NOTES, FaultCounter
 
 
 def bad_batch(number, reason="no caption"):
     return Batch({}, 4, number, faults=(Fault("a.tar", f"k{number}", f"{reason}: more"),))
+
+
+def noted_batch(*notes):
+    """A batch with notes on samples: (key, reason)."""
+    return Batch({}, 4, 0, notes=tuple(Fault("a.tar", key, reason) for key, reason in notes))
 
 
 def through_a_checkpoint(state):
@@ -57,6 +62,46 @@ def test_sample_left_out_of_an_evaluation_is_named_once_and_not_held_against_tra
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [f"left out of the evaluation: a.tar: k{n}: no caption: more" for n in (1, 2)]
     assert counter.bad == 0
+
+
+def test_part_left_out_of_an_evaluation_is_named_once_and_counted_apart_from_training(caplog):
+    counter = FaultCounter()
+    batch = noted_batch(("k1", "caption cut: 70 tokens"), ("k1", "bad box: region 2"), ("k1", "bad box: region 2"))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            counter.on_validation_batch_start(None, None, batch, 0)
+            counter.on_test_batch_start(None, None, noted_batch(("k1", "bad box: region 3")), 0)
+    start = "left a part of a sample out of the evaluation: a.tar: k1"
+    reasons = ["caption cut: 70 tokens", "bad box: region 2", "bad box: region 3"]
+    assert [record.getMessage() for record in caplog.records] == [f"{start}: {reason}" for reason in reasons]
+    assert counter.eval_notes == {"caption cut": 1, "bad box": 2}
+    assert counter.notes == {}
+
+
+def test_only_a_few_notes_of_each_kind_are_named_and_all_are_counted(caplog):
+    for during in ("on_train_batch_start", "on_validation_batch_start"):
+        counter = FaultCounter()
+        caplog.clear()
+        for number in range(NAMED_NOTES + 3):
+            batch = noted_batch((f"k{number}", "caption cut: 70 tokens"), (f"k{number}", "bad box: region 2"))
+            getattr(counter, during)(None, None, batch, 0)
+        assert len(caplog.records) == 2 * NAMED_NOTES
+        assert counter.notes + counter.eval_notes == {"caption cut": NAMED_NOTES + 3, "bad box": NAMED_NOTES + 3}
+
+
+def test_remarks_name_what_was_skipped_and_what_was_left_out_and_where():
+    counter = FaultCounter(max_bad=1.0)
+    assert counter.remarks() == []
+    for number in range(2):
+        counter.on_train_batch_start(None, None, noted_batch((f"k{number}", "bad box: region 2")), 0)
+    left_out = "Parts of samples were left out: in 8 samples seen in training 2 x bad box"
+    assert counter.remarks() == [f"{left_out}."]
+    counter.on_validation_batch_start(None, None, noted_batch(("k1", "caption cut: 70 tokens")), 0)
+    assert counter.remarks() == [f"{left_out}; in the evaluation 1 x caption cut."]
+    counter.on_train_batch_start(None, None, bad_batch(3), 0)
+    skipped, parts = counter.remarks()
+    assert skipped.startswith("1 of 13 samples could not be used (1 x no caption)")
+    assert parts.startswith("Parts of samples were left out: in 13 samples")
 
 
 def test_share_out_of_range_is_an_error():

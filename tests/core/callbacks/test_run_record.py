@@ -1,5 +1,7 @@
 """The record of a run survives a resume, and its report cannot harm it."""
 
+import json
+
 from siglip2.cli.main import main
 from siglip2.cli.training import SigLIP2CLI
 
@@ -18,6 +20,15 @@ def test_history_of_a_resumed_run_is_that_of_the_whole_run(tiny_recipe, tmp_path
         assert resumed.history[name] == whole.history[name]
     assert resumed._images == whole._images == 10 * 4
     assert resumed._trained_s > 0
+
+
+def test_report_says_which_parts_of_samples_were_left_out(tiny_recipe, toy_shards, tmp_path):
+    short = ["--data.text.length", "8"]  # the captions are longer
+    pairs = {"pairs": {"path": str(toy_shards), "languages": ["en"], "fields": {"caption": "json.caption"}}}
+    evaluated = ["--data.retrieval", json.dumps(pairs), "--trainer.limit_val_batches", "1.0"]
+    main(["fit", *tiny_recipe, *short, *evaluated])
+    said = "Parts of samples were left out: in 40 samples seen in training 40 x caption cut; in the evaluation 16 x"
+    assert f"{said} caption cut." in (tmp_path / "report.html").read_text()
 
 
 def test_report_that_cannot_be_written_leaves_the_run_complete(tiny_recipe, tmp_path, capsys, monkeypatch):

@@ -230,6 +230,17 @@ def test_canonical_contract_ignores_punctuation(path):
     assert canonical("A_dog, (on) the beach!").tolist() == canonical("a dog on the beach").tolist()
 
 
+def test_text_that_a_program_reads_again_keeps_its_punctuation_and_spaces(cased_path):
+    for options in KNOWN_CONTRACTS.values():
+        tokenizer = Tokenizer.load(cased_path, **options)
+        assert tokenizer.decode(tokenizer.ids(" Box_1 : [1,  2] ", keep_punctuation=True)) == " box_1 : [1,  2] "
+
+
+def test_text_that_a_program_reads_again_keeps_its_case_where_captions_do(cased_path):
+    tokenizer = Tokenizer.load(cased_path, lowercase=False)
+    assert tokenizer.decode(tokenizer.ids("Box [1]", keep_punctuation=True)) == "Box [1]"
+
+
 def test_big_vision_contract_lowercases_ascii_letters_alone():
     """tf.strings.lower without an encoding: `bytes.lower` is the same map, on UTF-8."""
     contract = TextContract(**KNOWN_CONTRACTS["big_vision"])
