@@ -9,6 +9,7 @@ import yaml
 
 from siglip2.core.model.sizes import ShapeOptions
 from siglip2.core.rehearsal import rehearse as rehearse_phases
+from siglip2.core.schedules import Schedule
 from siglip2.plugins.locca import Prefixes
 from siglip2.recipes import expand_arguments, find_recipe, load_recipe, recipes_folder, shipped
 from siglip2.registry import catalogue, read_plugins
@@ -134,7 +135,8 @@ def test_whole_recipe_builds_at_two_narrow_layers_and_rehearses(name):
 
 def typed(name, given):
     """Options with what the parser would make of nested ones."""
-    return {k: Prefixes(**v) if k == "prefixes" else v for k, v in given.items()}
+    types = {"prefixes": Prefixes, "teacher_temperature": Schedule}
+    return {k: types[k](**v) if k in types and isinstance(v, dict) else v for k, v in given.items()}
 
 
 @pytest.mark.parametrize(
