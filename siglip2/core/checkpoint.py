@@ -1,7 +1,7 @@
 """What a checkpoint must share with a recipe, and what may differ.
 
 `model.*` is the product and must match. `plugins.<name>.*` is scaffolding: what a recipe has beyond the file starts
-fresh, what the file has beyond the recipe is dropped, both are reported by plugin name.
+fresh, what the file has beyond the recipe is dropped, both are reported by name.
 """
 
 import contextlib
@@ -34,13 +34,30 @@ def reconcile(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> dic
             + "\nUse the recipe it was trained with (it is stored in the file), "
             + "or set model.size and the patchifier to match."
         )
-    fresh = {_plugin_of(n) for n, t in current.items() if n not in saved or saved[n].shape != t.shape}
-    dropped = {_plugin_of(n) for n in saved if n not in current}
+    fresh = fresh_plugins(saved, current)
     for name in sorted(fresh):
         log.warning("plugin '%s' is not in the checkpoint as this recipe builds it: it starts fresh", name)
-    for name in sorted(dropped - fresh):
-        log.warning("plugin '%s' is in the checkpoint but not in this recipe: it is dropped", name)
+    for name, part in _dropped({n for n in saved if _plugin_of(n) not in fresh}, set(current)):
+        if part:
+            log.warning("plugin '%s' goes on without its part '%s', which only the checkpoint has", name, part)
+        else:
+            log.warning("plugin '%s' is in the checkpoint but not in this recipe: it is dropped", name)
     return {n: t if _plugin_of(n) in fresh else saved[n] for n, t in current.items()}
+
+
+def fresh_plugins(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> set[str]:
+    """Returns the plugins that start fresh: `saved` lacks one of their tensors, or has it in another shape."""
+    return {_plugin_of(n) for n, t in current.items() if n not in saved or saved[n].shape != t.shape} - {""}
+
+
+def _dropped(saved: set[str], current: set[str]) -> list[tuple[str, str]]:
+    """What only `saved` has, as (plugin, the outermost part of it that is gone), with "" for a whole plugin."""
+    kept = {".".join(words[:i]) for words in (n.split(".") for n in current) for i in range(2, len(words) + 1)}
+    gone = set()
+    for words in (n.split(".") for n in saved if _plugin_of(n) and n not in current):
+        length = next(i for i in range(2, len(words) + 1) if ".".join(words[:i]) not in kept)
+        gone.add((words[1], ".".join(words[2:length])))
+    return sorted(gone)
 
 
 def _product(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,10 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from siglip2.core.batch import Batch, Patches
-from siglip2.core.checkpoint import reconcile
+from siglip2.core.checkpoint import fresh_plugins, reconcile
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.hooks import build_manager
-from siglip2.core.layout import Patchifier, phase_at, phases
+from siglip2.core.layout import Patchifier, Phase, phase_at, phases
 from siglip2.core.model.sizes import ShapeOptions
 from siglip2.core.model.two_towers import build_two_towers
 from siglip2.core.optim import (
@@ -29,9 +29,10 @@ from siglip2.core.optim import (
     match_state_by_name,
     param_groups,
     published_adamw,
+    without_state_of,
 )
 from siglip2.core.plugin import Objective, Plugin
-from siglip2.core.rehearsal import rehearse
+from siglip2.core.rehearsal import name_cold, rehearse
 from siglip2.core.schedules import warmup_cosine
 from siglip2.core.step import STUDENT, Step
 
@@ -93,7 +94,7 @@ class SigLIP2Module(LightningModule):
             fused_attention=fused_attention,
         )
         self.plugins = nn.ModuleDict({p.name: p for p in plugins})
-        self.heads: dict[str, nn.Module] = {}  # each belongs to the plugin that registered it
+        self.heads: dict[str, nn.Module] = Heads()  # each belongs to the plugin that registered it
         self.hooks.hook.setup(model=self.model, heads=self.heads)
         self.phases = phases(plugins)
         self.rules = [KERNELS_ONLY, *rules]
@@ -204,10 +205,11 @@ class SigLIP2Module(LightningModule):
 
     def on_fit_start(self) -> None:
         self._check_accumulation()
-        self._check_sleepers()
         if self.rehearsal:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
-            rehearse(self, self.phases, lambda phase: data.rehearsal_batch(phase).to(self.device))
+            self._check_cold(rehearse(self, self.phases, lambda phase: data.rehearsal_batch(phase).to(self.device)))
+        else:
+            self._check_sleepers()
 
     def rehearsal_losses(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Returns the loss terms at `progress` under the run's precision."""
@@ -219,16 +221,28 @@ class SigLIP2Module(LightningModule):
         if self.trainer.accumulate_grad_batches > 1 and inexact:
             raise ValueError(
                 f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but {', '.join(inexact)} "
-                f"would see only the pairs inside each micro-batch, which is another loss: set it to 1 and use more "
-                f"devices"
+                f"would see only the pairs inside each micro-batch, or take batch statistics such as a centre from it, "
+                f"which is another loss: set it to 1 and use more devices"
+            )
+
+    @property
+    def _plain_ddp(self) -> bool:
+        strategy = self.trainer.strategy
+        return isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
+
+    def _check_cold(self, cold: Mapping[Phase, list[str]]) -> None:
+        if self._plain_ddp and any(cold.values()):
+            raise ValueError(
+                f"no gradient reaches {name_cold(cold)}, and plain DDP waits for one of every parameter in every step: "
+                f"use --trainer.strategy ddp_find_unused_parameters_true"
             )
 
     def _check_sleepers(self) -> None:
-        strategy = self.trainer.strategy
+        """Guesses what the rehearsal would have found."""
         plugins = cast(Iterable[tuple[str, Plugin]], self.plugins.items())
         trained = [(n, p) for n, p in plugins if any(x.requires_grad for x in p.parameters())]
         sleepers = [n for n, p in trained if p.start > 0 or p.stop < 1]
-        if isinstance(strategy, DDPStrategy) and sleepers and not strategy._ddp_kwargs.get("find_unused_parameters"):
+        if self._plain_ddp and sleepers:
             raise ValueError(
                 f"plugins that sleep for part of the run ({', '.join(sleepers)}) have parameters without gradient "
                 f"then, which plain DDP does not allow: use --trainer.strategy ddp_find_unused_parameters_true"
@@ -262,11 +276,30 @@ class SigLIP2Module(LightningModule):
         differences += _differences(self.patchifier.contract(), ours["pixels"], "here", "there")
         if differences:
             raise ValueError("the checkpoint was trained with another input contract: " + "; ".join(differences))
-        self.woken = set(ours["woken"]) & set(self.plugins)
+        current = self.state_dict()
+        fresh = fresh_plugins(checkpoint["state_dict"], current)
+        self.woken = (set(ours["woken"]) & set(self.plugins)) - fresh  # what starts fresh is woken again
         resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         for line in _differences(self._stream(), ours["stream"], "here", "in the checkpoint") if resuming else ():
             log.warning("resuming with another stream of samples: %s", line)
-        checkpoint["state_dict"] = reconcile(checkpoint["state_dict"], self.state_dict())
+        checkpoint["state_dict"] = reconcile(checkpoint["state_dict"], current)
+        if "optimizer_states" in checkpoint:
+            theirs = tuple(f"plugins.{name}." for name in fresh)
+            checkpoint["optimizer_states"] = [without_state_of(s, theirs) for s in checkpoint["optimizer_states"]]
+
+
+class Heads(dict[str, nn.Module]):
+    """Heads by name; a second one under a taken name is an error, since the first would be lost silently."""
+
+    def __setitem__(self, name: str, head: nn.Module) -> None:
+        if name in self:
+            raise ValueError(f"two plugins give a head called '{name}': rename one of them")
+        super().__setitem__(name, head)
+
+    def update(self, *heads: Any, **more: nn.Module) -> None:
+        """Adds heads one by one, each under a name of its own."""
+        for name, head in dict(*heads, **more).items():
+            self[name] = head
 
 
 def the_patchifier(hook: Any, plugins: Iterable[Plugin]) -> Patchifier:

@@ -115,12 +115,7 @@ def match_state_by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
     Parameters that the file does not know start with fresh state, those it has beyond are dropped. Use as
     `optimizer.register_load_state_dict_pre_hook(match_state_by_name)`.
     """
-    saved_groups = state_dict["param_groups"]
-    saved = {
-        name: (number, group)
-        for group in saved_groups
-        for name, number in zip(group.get("param_names", ()), group["params"], strict=False)
-    }
+    saved = _numbers_by_name(state_dict)
     if not saved:
         return state_dict
     state, groups, count = {}, [], 0
@@ -133,10 +128,29 @@ def match_state_by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dic
         count += len(names)
         groups.append({**options, "params": numbers, "param_names": names})
         for number, name, parameter in zip(numbers, names, group["params"], strict=True):
-            found = state_dict["state"].get(saved[name][0]) if name in saved else None
+            found = state_dict["state"].get(saved[name]) if name in saved else None
             if found is not None and _fits(found, parameter):
                 state[number] = found
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def without_state_of(state_dict: dict[str, Any], prefixes: tuple[str, ...]) -> dict[str, Any]:
+    """Returns an optimizer state dict without the state of the parameters whose names begin with one of `prefixes`.
+
+    Once loaded, they start fresh. Use it for parameters that start fresh themselves: moments of other values would push
+    them about.
+    """
+    forgotten = {number for name, number in _numbers_by_name(state_dict).items() if name.startswith(prefixes)}
+    return {**state_dict, "state": {n: state for n, state in state_dict["state"].items() if n not in forgotten}}
+
+
+def _numbers_by_name(state_dict: dict[str, Any]) -> dict[str, int]:
+    """The number of each parameter in a saved optimizer state dict; nothing if it was saved without names."""
+    return {
+        name: number
+        for group in state_dict["param_groups"]
+        for name, number in zip(group.get("param_names", ()), group["params"], strict=False)
+    }
 
 
 def _fits(state: dict[str, Any], parameter: Tensor) -> bool:

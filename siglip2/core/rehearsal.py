@@ -1,8 +1,8 @@
 """The rehearsal: every phase of a recipe run once on two samples before training, without leaving a trace."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,7 @@ from siglip2.core.batch import Batch
 from siglip2.core.layout import Phase
 
 
-class Rehearsable(Protocol):
-    """A module that can run one step: `rehearsal_losses` gives the weighted terms at a progress."""
-
-    def rehearsal_losses(self, batch: Batch, progress: float) -> dict[str, Tensor]: ...
-
-    def parameters(self) -> Any: ...
-
-
-def rehearse(module: Any, phases: tuple[Phase, ...], make_batch: Any) -> None:
+def rehearse(module: Any, phases: tuple[Phase, ...], make_batch: Any) -> dict[Phase, list[str]]:
     """Runs forward and backward of every phase once.
 
     Args:
@@ -27,24 +19,58 @@ def rehearse(module: Any, phases: tuple[Phase, ...], make_batch: Any) -> None:
         phases: the phases of the recipe.
         make_batch: returns a tiny `Batch` on the module's device for a phase.
 
+    Returns:
+        For each phase the names of the trainable parameters that no gradient reached at its start.
+
     Raises:
         ValueError: if a loss term is not a finite scalar, or no objective is awake.
         Exception: whatever a plugin raises, with a note that names the phase and its plugins.
     """
+    cold = {}
     for phase in phases:
         with no_trace(module):
             try:
                 terms = module.rehearsal_losses(make_batch(phase), phase.start)
                 _check(terms, phase)
-                total = torch.stack(list(terms.values())).sum()
-                if total.requires_grad:
-                    total.backward()
+                cold[phase] = _backward(torch.stack(list(terms.values())).sum(), module)
             except Exception as error:
                 error.add_note(
                     f"while rehearsing progress {phase.start:g} to {phase.stop:g} with the plugins "
                     f"{', '.join(phase.awake)}, before the first training step"
                 )
                 raise
+    return cold
+
+
+def _backward(total: Tensor, module: nn.Module) -> list[str]:
+    """Runs the backward pass of a loss; the names of the trainable parameters that no gradient reaches.
+
+    It leaves `.grad` alone: DDP's reducer notes every parameter that gets one, and would take the first training step
+    for one that uses them all.
+    """
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not total.requires_grad:
+        return list(trained)
+    gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+    return [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+
+
+def name_cold(cold: Mapping[Phase, list[str]]) -> str:
+    """Returns the plugins and towers that no gradient reaches in whole or in part, with a parameter and when first.
+
+    Args:
+        cold: for each phase the names of parameters without gradient, as `rehearse` returns them.
+
+    Returns:
+        For example `plugins.silc.head.prototype_weight at progress 0.8`; empty if every parameter has a gradient.
+    """
+    found: dict[str, str] = {}
+    for phase, names in cold.items():
+        for part in dict.fromkeys(".".join(name.split(".")[:2]) for name in names):
+            inside = [name for name in names if name == part or name.startswith(f"{part}.")]
+            more = f" and {len(inside) - 1} more of {part}" if len(inside) > 1 else ""
+            found.setdefault(part, f"{inside[0]}{more} at progress {phase.start:g}")
+    return ", ".join(found.values())
 
 
 def _check(terms: dict[str, Tensor], phase: Phase) -> None:

@@ -39,6 +39,11 @@ def value_at(scalar: float | Schedule, progress: float) -> float:
     return scalar(progress) if isinstance(scalar, Schedule) else scalar
 
 
+def values_of(scalar: float | Schedule) -> list[float]:
+    """Returns the values that a number or a `Schedule` is made of; all others lie between them."""
+    return list(scalar.values) if isinstance(scalar, Schedule) else [scalar]
+
+
 def warmup_cosine(step: int, *, total: int, warmup: int) -> float:
     """Returns the learning-rate factor in [0, 1]: linear warm-up times a cosine to zero.
 

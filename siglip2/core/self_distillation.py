@@ -2,11 +2,14 @@
 
 # M rows (images or patches), K prototypes, D bottleneck width
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siglip2.core.distributed import mean_over_ranks
+from siglip2.core.schedules import Schedule, values_of
 
 
 class ProjectionHead(nn.Module):
@@ -21,10 +24,14 @@ class ProjectionHead(nn.Module):
         hidden: width of the two hidden layers.
         bottleneck: width of the output.
         prototypes: number of prototypes.
+
+    Raises:
+        ValueError: if a size is less than 1.
     """
 
     def __init__(self, width: int, *, hidden: int = 2048, bottleneck: int = 256, prototypes: int = 65536):
         super().__init__()
+        _check_sizes("projection head", hidden=hidden, bottleneck=bottleneck, prototypes=prototypes)
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden),
             nn.GELU(),
@@ -60,6 +67,9 @@ class Centre(nn.Module):
     Args:
         prototypes: number of prototypes.
         momentum: m, the share of the old centre that stays, in [0, 1]; DINO and iBOT have 0.9.
+
+    Raises:
+        ValueError: if there are fewer than two prototypes, or the momentum is outside [0, 1].
     """
 
     value: Tensor
@@ -67,6 +77,12 @@ class Centre(nn.Module):
 
     def __init__(self, prototypes: int, *, momentum: float = 0.9):
         super().__init__()
+        if prototypes < 2:
+            raise ValueError(
+                f"centre: prototypes is {prototypes}, expected at least 2, between which a student decides"
+            )
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"centre: momentum is {momentum}, expected a share in [0, 1], such as 0.9")
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(prototypes))
 
@@ -81,4 +97,32 @@ class Centre(nn.Module):
         mean_D = mean_over_ranks(z_teacher_MD.float().mean(0))
         with torch.autocast(mean_D.device.type, enabled=False):
             mean_K = prototypes_teacher_KD.float() @ mean_D  # logits are linear: their mean is that of the mean
-        self.value.lerp_(mean_K, 1 - self.momentum)
+        self.value.lerp_(mean_K.to(self.value.dtype), 1 - self.momentum)  # bfloat16 if the whole module is
+
+
+def check_options(
+    plugin: str,
+    *,
+    hidden: int,
+    bottleneck: int,
+    student_temperature: float,
+    teacher_temperature: float | Schedule,
+    freeze_prototypes: float,
+) -> None:
+    """Raises ValueError, naming the plugin, for an option of a self-distilling objective that is out of its range."""
+    _check_sizes(plugin, hidden=hidden, bottleneck=bottleneck)
+    both = {"student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
+    for option, temperature in both.items():
+        for value in values_of(temperature):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{plugin}: {option} divides cosines, expected more than 0, found {value}")
+    if not 0 <= freeze_prototypes <= 1:
+        raise ValueError(
+            f"{plugin}: freeze_prototypes is a share of the run, expected 0 to 1, found {freeze_prototypes}"
+        )
+
+
+def _check_sizes(what: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{what}: {name} is {size}, expected at least 1")

@@ -12,7 +12,7 @@ from siglip2.core.batch import Patches
 from siglip2.core.hooks import hookimpl
 from siglip2.core.model.two_towers import TwoTowers
 from siglip2.core.plugin import Plugin
-from siglip2.core.schedules import Schedule, value_at
+from siglip2.core.schedules import Schedule, value_at, values_of
 
 
 class EMATeacher(Plugin):
@@ -26,7 +26,7 @@ class EMATeacher(Plugin):
             SigLIP 2 does not publish it. SILC keeps it constant, so that image-text knowledge reaches the teacher to
             the end; 0.996 is where DINO starts.
         start: progress in [0, 1] at which the teacher copies the student; 0.8 in SigLIP 2.
-        stop: progress in [0, 1] from which it is gone.
+        stop: progress in [0, 1] from which it sleeps: it moves no more, but stays in memory and in checkpoints.
 
     Raises:
         ValueError: if the momentum is outside [0, 1].
@@ -37,7 +37,7 @@ class EMATeacher(Plugin):
 
     def __init__(self, momentum: float | Schedule = 0.996, start: float = 0.8, stop: float = 1.0):
         super().__init__(start=start, stop=stop)
-        for value in momentum.values if isinstance(momentum, Schedule) else [momentum]:
+        for value in values_of(momentum):
             if not 0 <= value <= 1:
                 raise ValueError(f"ema_teacher: momentum is a share in [0, 1], such as 0.996, found {value}")
         self.momentum = momentum

@@ -12,9 +12,10 @@ from siglip2.core.chunked import consistency
 from siglip2.core.crops import GLOBAL, LOCAL
 from siglip2.core.hooks import hookimpl
 from siglip2.core.model.two_towers import TwoTowers
+from siglip2.core.model.vision import VisionTower
 from siglip2.core.plugin import Objective
 from siglip2.core.schedules import Schedule, value_at
-from siglip2.core.self_distillation import Centre, ProjectionHead
+from siglip2.core.self_distillation import Centre, ProjectionHead, check_options
 from siglip2.core.step import Step
 from siglip2.core.views import View
 
@@ -48,6 +49,9 @@ class SILC(Objective):
             are. DINO freezes its last layer for the first epoch; 0.001 is about 1200 steps of SigLIP 2's run.
         start: progress in [0, 1] at which the objective wakes; 0.8 in SigLIP 2. Before that no crop is made.
         stop: progress in [0, 1] from which it sleeps again.
+
+    Raises:
+        ValueError: if an option is out of its range.
     """
 
     name = "silc"
@@ -73,6 +77,14 @@ class SILC(Objective):
         stop: float = 1.0,
     ):
         super().__init__(weight=weight, start=start, stop=stop)
+        check_options(
+            self.name,
+            hidden=hidden,
+            bottleneck=bottleneck,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            freeze_prototypes=freeze_prototypes,
+        )
         self.local_view = replace(
             LOCAL, copies=local_crops, size=local_size, scale=local_scale, photometric=local_photometric
         )
@@ -88,6 +100,11 @@ class SILC(Objective):
 
     @hookimpl
     def setup(self, model: TwoTowers, heads: dict[str, nn.Module]) -> None:
+        if not isinstance(model.vision, VisionTower):
+            raise ValueError(
+                "silc's local crops are not of the recipe's image size, the only one that a timm vision tower takes: "
+                "drop `model.timm`"
+            )
         prototypes = self.centre.value.shape[0]
         self.head = ProjectionHead(
             model.vision.width, hidden=self.hidden, bottleneck=self.bottleneck, prototypes=prototypes

@@ -16,7 +16,7 @@ from siglip2.core.model.two_towers import TwoTowers
 from siglip2.core.model.vision import VisionTower
 from siglip2.core.plugin import Objective
 from siglip2.core.schedules import Schedule, value_at
-from siglip2.core.self_distillation import Centre, ProjectionHead
+from siglip2.core.self_distillation import Centre, ProjectionHead, check_options
 from siglip2.core.step import Step
 from siglip2.core.views import View
 
@@ -50,6 +50,9 @@ class TIPS(Objective):
             are; see `silc`.
         start: progress in [0, 1] at which the objective wakes; 0.8 in SigLIP 2. Before that no view is made.
         stop: progress in [0, 1] from which it sleeps again.
+
+    Raises:
+        ValueError: if an option is out of its range.
     """
 
     name = "tips"
@@ -73,6 +76,14 @@ class TIPS(Objective):
         stop: float = 1.0,
     ):
         super().__init__(weight=weight, start=start, stop=stop)
+        check_options(
+            self.name,
+            hidden=hidden,
+            bottleneck=bottleneck,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            freeze_prototypes=freeze_prototypes,
+        )
         self.mask_view = MaskView(ratio=mask_ratio, pattern=mask_pattern)
         self.global_view = replace(GLOBAL, scale=global_scale, photometric=global_photometric)
         self.hidden, self.bottleneck = hidden, bottleneck

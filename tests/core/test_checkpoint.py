@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from siglip2.core.checkpoint import AtomicCheckpointIO, read_checkpoint, reconcile
+from siglip2.core.checkpoint import AtomicCheckpointIO, fresh_plugins, read_checkpoint, reconcile
 
 
 def state(*names, size=2, value=0.0):
@@ -41,6 +41,34 @@ def test_plugin_of_another_shape_starts_fresh_as_a_whole():
     merged = reconcile(saved, current)
     assert not merged["plugins.silc.head"].any()
     assert not merged["plugins.silc.centre"].any()
+
+
+def test_plugins_that_start_fresh_are_those_with_a_tensor_that_is_new_or_of_another_shape():
+    saved = state("model.a", "plugins.same.w", "plugins.wider.w", "plugins.wider.b", "plugins.gone.w", "plugins.less.w")
+    saved |= state("plugins.less.part.w")
+    current = state("model.a", "plugins.same.w", "plugins.wider.b", "plugins.new.w", "plugins.less.w")
+    current |= state("plugins.wider.w", size=3)
+    assert fresh_plugins(saved, current) == {"wider", "new"}
+
+
+def test_part_that_only_the_file_has_is_named_and_its_plugin_goes_on(caplog):
+    heads = [f"plugins.ema_teacher.heads.{name}" for name in ("silc.w", "tips.mlp.w", "tips.mlp.b")]
+    saved = state("model.a", "plugins.ema_teacher.vision.w", *heads, value=1.0)
+    with caplog.at_level(logging.WARNING):
+        merged = reconcile(saved, state("model.a", "plugins.ema_teacher.vision.w", heads[0]))
+    assert merged["plugins.ema_teacher.vision.w"].all()
+    assert [record.getMessage() for record in caplog.records] == [
+        "plugin 'ema_teacher' goes on without its part 'heads.tips', which only the checkpoint has"
+    ]
+
+
+def test_plugin_that_starts_fresh_anyway_is_not_said_to_lose_a_part(caplog):
+    saved = state("model.a", "plugins.ema_teacher.vision.w", "plugins.ema_teacher.heads.tips.w", value=1.0)
+    with caplog.at_level(logging.WARNING):
+        reconcile(saved, state("model.a", "plugins.ema_teacher.vision.w", "plugins.ema_teacher.heads.silc.w"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "plugin 'ema_teacher' is not in the checkpoint as this recipe builds it: it starts fresh"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from siglip2.core.optim import (
     param_groups,
     published_adamw,
     settle,
+    without_state_of,
 )
 from siglip2.core.schedules import warmup_cosine
 
@@ -146,6 +147,16 @@ def test_optimizer_state_follows_parameter_names(before, after):
     expected = {name: m for name, m in moments(saved).items() if name.split(".")[0] in after}
     found = moments(loaded)
     assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_parameters_whose_state_is_left_out_have_no_moments_and_the_others_keep_theirs():
+    saved = trained(linears("a", "ab", "b"))
+    loaded = trained(linears("a", "ab", "b"), steps=0)
+    loaded.load_state_dict(without_state_of(saved.state_dict(), ("a.", "c.")))
+    expected = {name: m for name, m in moments(saved).items() if not name.startswith("a.")}
+    found = moments(loaded)
+    assert found.keys() == expected.keys() == {"ab.weight", "ab.bias", "b.weight", "b.bias"}
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

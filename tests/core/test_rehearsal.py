@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from siglip2 import IMAGE, Objective, hookimpl
-from siglip2.core.rehearsal import no_trace
+from siglip2.core.layout import Phase
+from siglip2.core.rehearsal import name_cold, no_trace
 from siglip2.core.rehearsal import rehearse as rehearse_phases
 from siglip2.plugins.sigmoid import Sigmoid
 from siglip2.testing import rehearse, tiny_module
@@ -60,6 +61,45 @@ def test_rehearsal_leaves_parameters_buffers_gradients_and_chance_alone():
     assert all(torch.equal(module.state_dict()[name], before[name]) for name in before)
     assert all(p.grad is None for p in module.parameters())
     assert torch.equal(torch.get_rng_state(), chance)
+
+
+class Headed(Centred):
+    """Uses its weight, and never its bias."""
+
+    name = "headed"
+
+    @hookimpl
+    def setup(self, model):
+        self.head = torch.nn.Linear(model.embed_dim, 4)
+
+    def loss(self, step):
+        return (step.encode_image("image").embedding @ self.head.weight.T).pow(2).mean()
+
+
+def test_rehearsal_finds_in_which_phase_a_parameter_has_no_gradient():
+    module = tiny_module([Sigmoid(), Headed(start=0.5)])
+    module.plugins["headed"].head.register_parameter("frozen", torch.nn.Parameter(torch.ones(1), requires_grad=False))
+    cold = rehearse_phases(module, module.phases, lambda phase: module.fake_batch(phase.start, batch_size=2))
+    found = {(phase.start, phase.stop): names for phase, names in cold.items()}
+    weight, bias = "plugins.headed.head.weight", "plugins.headed.head.bias"
+    assert found == {(0.0, 0.5): [weight, bias], (0.5, 1.0): [bias]}
+
+
+def test_rehearsal_does_not_call_what_waits_for_gradients():
+    """DDP counts as used in the first training step what it saw before it."""
+    module, called = tiny_module([Sigmoid()]), []
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(called.append)
+    rehearse_phases(module, module.phases, lambda phase: module.fake_batch(phase.start, batch_size=2))
+    assert called == []
+
+
+def test_cold_parameters_are_named_once_for_each_plugin_and_tower():
+    first, second = Phase(0.0, 0.5, ()), Phase(0.5, 1.0, ())
+    cold = {first: ["model.logit_bias", "plugins.a.w", "plugins.a.b", "plugins.ab.w"], second: ["plugins.a.w"]}
+    expected = "model.logit_bias at progress 0, plugins.a.w and 1 more of plugins.a at progress 0, plugins.ab.w at "
+    assert name_cold(cold) == expected + "progress 0"
+    assert name_cold({first: [], second: []}) == ""
 
 
 def test_rehearsal_leaves_no_trace_when_a_phase_fails():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from siglip2.core.schedules import Schedule, value_at, warmup_cosine
+from siglip2.core.schedules import Schedule, value_at, values_of, warmup_cosine
 
 
 def big_vision(step, total, warmup):
@@ -35,6 +35,11 @@ def test_schedule_is_linear_interpolation(progress):
 def test_number_is_its_own_schedule():
     assert value_at(0.25, 0.7) == 0.25
     assert value_at(Schedule([0.0, 1.0], [0.0, 2.0]), 0.7) == pytest.approx(1.4)
+
+
+def test_values_of_a_number_or_a_schedule():
+    assert values_of(0.25) == [0.25]
+    assert values_of(Schedule([0.0, 1.0], [0.5, 2.0])) == [0.5, 2.0]
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,30 @@ def test_centre_is_the_running_mean_of_the_logits():
     assert list(centre.state_dict()) == ["value"]
 
 
+def test_centre_of_a_bfloat16_module_moves_too():
+    centre, (steps, prototypes) = Centre(5, momentum=MOMENTUM).bfloat16(), batches()
+    for z in steps:
+        centre.update(z.bfloat16(), prototypes.bfloat16())
+    assert centre.value.dtype == torch.bfloat16
+    torch.testing.assert_close(centre.value.double(), centre_by_hand(), rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Centre(1), "centre: prototypes is 1, expected at least 2"),
+        (lambda: Centre(8, momentum=1.5), r"centre: momentum is 1.5, expected a share in \[0, 1\]"),
+        (lambda: Centre(8, momentum=math.nan), "centre: momentum is nan"),
+        (lambda: head(hidden=0), "projection head: hidden is 0, expected at least 1"),
+        (lambda: head(bottleneck=-1), "projection head: bottleneck is -1, expected at least 1"),
+        (lambda: head(prototypes=0), "projection head: prototypes is 0, expected at least 1"),
+    ],
+)
+def test_sizes_and_momenta_out_of_their_range_are_errors(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
 def one_rank(number, folder):
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -7,8 +7,10 @@ import torch
 from projected import project
 
 from siglip2.core.crops import GLOBAL
+from siglip2.core.model.two_towers import build_two_towers
 from siglip2.core.schedules import Schedule
 from siglip2.plugins.ema_teacher import EMATeacher
+from siglip2.plugins.locca import LocCa
 from siglip2.plugins.sigmoid import Sigmoid
 from siglip2.plugins.silc import SILC
 from siglip2.testing import tiny_module
@@ -16,9 +18,10 @@ from siglip2.testing import tiny_module
 SMALL = {"local_crops": 3, "local_size": 16, "hidden": 32, "bottleneck": 8, "prototypes": 24, "freeze_prototypes": 0.0}
 
 
-def silc_module(*, seed=0, **options):
+def silc_module(*, seed=0, beside=(), **options):
     """A module whose teacher is not its student, at progress 0.5."""
-    module = tiny_module([EMATeacher(start=0.5), SILC(**{**SMALL, "start": 0.5, **options}), Sigmoid()], seed=seed)
+    plugins = [EMATeacher(start=0.5), SILC(**{**SMALL, "start": 0.5, **options}), Sigmoid(), *beside]
+    module = tiny_module(plugins, seed=seed)
     module.wake_due(0.5)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -134,3 +137,36 @@ def test_student_equal_to_its_teacher_has_the_least_loss():
     with torch.no_grad():
         plugin.head.prototype_weight.add_(0.05 * torch.randn_like(plugin.head.prototype_weight))
     assert plugin.loss(step) > at_best
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden": 0}, "silc: hidden is 0, expected at least 1"),
+        ({"bottleneck": 0}, "silc: bottleneck is 0, expected at least 1"),
+        ({"prototypes": 1}, "prototypes is 1, expected at least 2"),
+        ({"centre_momentum": -0.1}, r"momentum is -0.1, expected a share in \[0, 1\]"),
+        ({"student_temperature": 0.0}, "silc: student_temperature divides cosines, expected more than 0, found 0.0"),
+        ({"teacher_temperature": Schedule([0.0, 1.0], [0.04, -1.0])}, "teacher_temperature .* found -1.0"),
+        ({"freeze_prototypes": 10.0}, "silc: freeze_prototypes is a share of the run, expected 0 to 1, found 10.0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_option_out_of_its_range_is_an_error_before_anything_is_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        SILC(**{**SMALL, **options})
+
+
+def test_timm_tower_is_refused_since_it_takes_no_crops_of_another_size():
+    options = {"patch_size": 16, "grid": (2, 2), "vocab_size": 40, "context_length": 6}
+    model = build_two_towers("tiny/16", timm_name="vit_tiny_patch16_224", **options)
+    with pytest.raises(ValueError, match=r"silc's local crops .* a timm vision tower takes: drop `model.timm`"):
+        SILC(**SMALL).setup(model, {})
+
+
+def test_no_gradient_reaches_the_decoder_of_locca():
+    module = silc_module(beside=[LocCa(length=40, depth=1)])
+    step = step_of(module)
+    assert module.plugins["locca"].loss(step).requires_grad  # it reads features of the same step
+    module.plugins["silc"].loss(step).backward()
+    assert [name for name, p in module.plugins["locca"].named_parameters() if p.grad is not None] == []

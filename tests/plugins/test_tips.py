@@ -7,8 +7,10 @@ import torch
 from projected import project
 
 from siglip2.core.model.two_towers import build_two_towers
+from siglip2.core.schedules import Schedule
 from siglip2.plugins.ema_teacher import EMATeacher
 from siglip2.plugins.fixed import Fixed
+from siglip2.plugins.locca import LocCa
 from siglip2.plugins.sigmoid import Sigmoid
 from siglip2.plugins.silc import SILC
 from siglip2.plugins.tips import TIPS
@@ -145,6 +147,14 @@ def test_no_gradient_reaches_the_text_tower_the_pooling_head_or_the_teacher():
     assert "plugins.tips.mask_token" in warm
 
 
+def test_no_gradient_reaches_the_decoder_of_locca():
+    module = tips_module(beside=[LocCa(length=40, depth=1)])
+    step = step_of(module)
+    assert module.plugins["locca"].loss(step).requires_grad  # it reads features of the same step
+    module.plugins["tips"].loss(step).backward()
+    assert [name for name, p in module.plugins["locca"].named_parameters() if p.grad is not None] == []
+
+
 def test_timm_tower_is_refused_since_it_cannot_mask():
     options = {"patch_size": 16, "grid": (2, 2), "vocab_size": 40, "context_length": 6}
     model = build_two_towers("tiny/16", timm_name="vit_tiny_patch16_224", **options)
@@ -161,3 +171,21 @@ def test_masking_nothing_changes_nothing():
     nothing = torch.zeros(4, 16, dtype=torch.bool)
     token = torch.zeros(vision.width)
     assert torch.equal(vision(images, masked_BN=nothing, mask_token_D=token).tokens, whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden": 0}, "tips: hidden is 0, expected at least 1"),
+        ({"bottleneck": 0}, "tips: bottleneck is 0, expected at least 1"),
+        ({"prototypes": 1}, "prototypes is 1, expected at least 2"),
+        ({"centre_momentum": -0.1}, r"momentum is -0.1, expected a share in \[0, 1\]"),
+        ({"student_temperature": 0.0}, "tips: student_temperature divides cosines, expected more than 0, found 0.0"),
+        ({"teacher_temperature": Schedule([0.0, 1.0], [0.04, -1.0])}, "teacher_temperature .* found -1.0"),
+        ({"freeze_prototypes": 10.0}, "tips: freeze_prototypes is a share of the run, expected 0 to 1, found 10.0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_option_out_of_its_range_is_an_error_before_anything_is_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        TIPS(**{**SMALL, **options})
