@@ -111,17 +111,18 @@ class RunRecord(Callback):
 
     def _add_examples(self, report: RunReport, module: Any, data: Any) -> None:
         grounder = grounder_of(module)
-        for name, settings in list(data.retrieval.items())[:1]:
+        for number, (name, settings) in enumerate(data.retrieval.items()):
             batches, languages = data.eval_batches(name), settings.languages or [None]
-            language = ENGLISH if ENGLISH in languages else languages[0]
-            report.text_to_image = text_examples(module, batches, language, caption_name(language))
+            if number == 0:
+                language = ENGLISH if ENGLISH in languages else languages[0]
+                report.text_to_image = text_examples(module, batches, language, caption_name(language))
             if grounder:
-                report.captions = caption_examples(module, grounder, batches, languages)
+                report.captions += caption_examples(module, grounder, batches, languages)
         for name, settings in list(data.zero_shot.items())[:1]:
             report.image_to_text, report.heatmaps = picture_examples(module, data.eval_batches(name), settings)
-        for name, settings in list(data.referring.items())[:1]:
+        for name, settings in data.referring.items():
             if grounder:
-                report.boxes = box_examples(module, grounder, data.eval_batches(name), settings.languages or [None])
+                report.boxes += box_examples(module, grounder, data.eval_batches(name), settings.languages or [None])
 
     def _curves(self) -> list[Curve]:
         first = ["train/loss"]  # the headline card shows the first loss
