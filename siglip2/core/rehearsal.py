@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from siglip2.core.batch import Batch
 from siglip2.core.layout import Phase
 
 
