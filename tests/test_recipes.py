@@ -144,7 +144,7 @@ def typed(name, given):
     [
         ("siglip2-b16-256", "B/16", 0.25),
         ("siglip2-l16-256", "L/16", 0.5),
-        ("siglip2-so400m14-224", "So400m/14", 1.0),
+        ("siglip2-so400m14-256", "So400m/14", 1.0),
         ("siglip2-so400m16-256", "So400m/16", 1.0),
         ("siglip2-g-opt16-256", "g-opt/16", 0.5),
     ],
