@@ -1,8 +1,8 @@
 """What travels from a loader worker to the step: patches, batches, and what went wrong on the way."""
 
-# B batch, C copies of a view, N patches, P values of a patch (row, column, channel; channel fastest)
+# B batch, C copies of a view, N patches, P values of a patch (row, column, channel; channel fastest), R packed rows
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,28 +11,82 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Where B images lie in R rows that several of them share, each as one stretch of a row.
+
+    Args:
+        owner: [R, N] int16, number of the image within its row; -1 where padded.
+        start: [B] int32, place of each image's first patch among the R * N.
+        length: [B] int32, patches of each image.
+        slots: images that a row has room for, the same in every batch.
+        longest: patches that an image has at most, the same in every batch.
+    """
+
+    owner: Tensor
+    start: Tensor
+    length: Tensor
+    slots: int
+    longest: int
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "Packing":
+        """Returns the packing with `function` applied to every tensor."""
+        return replace(self, owner=function(self.owner), start=function(self.start), length=function(self.length))
+
+    def images(self, index: Tensor) -> "Packing":
+        """Returns the packing with only the images `index`, int64 [B']; the others stay where they are, unread."""
+        return replace(self, start=self.start.index_select(0, index), length=self.length.index_select(0, index))
+
+
+@dataclass(frozen=True)
 class Patches:
     """Images as sequences of flattened patches.
 
+    Either all images have one `grid`, or each has its own and `sizes` says which.
+
     Args:
-        patches: [B, N, P] uint8, P = patch_size * patch_size * 3 in the order row, column, channel.
+        patches: [B, N, P] uint8, P = patch_size * patch_size * 3 in the order row, column, channel; packed [R, N, P].
         coords: [B, N, 2] or, when all images share them, [1, N, 2]; integer (y, x) of each patch in its grid.
         valid: [B, N] bool, false where padded; None where nothing is.
         grid: (rows, columns) when every image has this very grid in row-major order; None where grids vary.
+        sizes: integer (rows, columns) of the grid that a patch lies in, [B, 1, 2] or [B, N, 2]; None with `grid`.
+        packing: where each image lies, when several share a row; None when each has its own.
     """
 
     patches: Tensor
     coords: Tensor
     valid: Tensor | None = None
     grid: tuple[int, int] | None = None
+    sizes: Tensor | None = None
+    packing: Packing | None = None
+
+    @property
+    def num_images(self) -> int:
+        """B, the number of images; packed images are fewer rows."""
+        return self.patches.shape[0] if self.packing is None else self.packing.start.shape[0]
+
+    @property
+    def token_mask(self) -> Tensor | None:
+        """Which of the tokens that a tower makes of each image are no padding: bool [B, N], or None where all are."""
+        if self.packing is None:
+            return self.valid
+        places = torch.arange(self.packing.longest, device=self.packing.length.device)
+        return places < self.packing.length[:, None]
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> "Patches":
         """Returns the patches with `function` applied to every tensor."""
-        valid = None if self.valid is None else function(self.valid)
-        return replace(self, patches=function(self.patches), coords=function(self.coords), valid=valid)
+        return replace(
+            self,
+            patches=function(self.patches),
+            coords=function(self.coords),
+            valid=None if self.valid is None else function(self.valid),
+            sizes=None if self.sizes is None else function(self.sizes),
+            packing=None if self.packing is None else self.packing.apply(function),
+        )
 
-    def rows(self, index: Tensor) -> "Patches":
-        """Returns the images with the given row numbers, int64 [B']."""
+    def images(self, index: Tensor) -> "Patches":
+        """Returns the images with the given numbers, int64 [B']."""
+        if self.packing is not None:
+            return replace(self, packing=self.packing.images(index))
         return self.apply(lambda t: t if t is self.coords and t.shape[0] == 1 else t.index_select(0, index))
 
 
@@ -89,28 +143,40 @@ class Batch:
 
 
 def _select(view: Any, kept: Tensor, size: int) -> Any:
-    rows = view.patches.shape[0] if isinstance(view, Patches) else view.shape[0]
+    rows = view.num_images if isinstance(view, Patches) else view.shape[0]
     copies = torch.arange(rows // size, device=kept.device) * size  # [C]
     index = (copies[:, None] + kept[None]).flatten()  # [C, B'] -> [C * B'], copies-major
-    return view.rows(index) if isinstance(view, Patches) else view.index_select(0, index)
+    return view.images(index) if isinstance(view, Patches) else view.index_select(0, index)
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+Pack = Callable[[Sequence[Patches]], Patches]
+
+
+def collate(rows: list[dict[str, Any]], pack: Pack | None = None) -> dict[str, Any]:
     """Joins the views of single samples into the views of a batch, copies-major.
 
     Args:
         rows: one mapping per sample; each view has the leading dimension C (its number of copies).
+        pack: joins images of any length into shared rows; None where each image has a row of its own.
     """
-    return {name: _stack([row[name] for row in rows]) for name in rows[0]}
+    return {name: _join([row[name] for row in rows], pack) for name in rows[0]}
 
 
-def _stack(items: list[Any]) -> Any:
+def _join(items: list[Any], pack: Pack | None) -> Any:
     first = items[0]
     if not isinstance(first, Patches):
-        return torch.stack(items, dim=1).flatten(0, 1)  # [C, B, ...] -> [C * B, ...]
-    patches = torch.stack([p.patches for p in items], dim=1).flatten(0, 1)
+        return _copies_major(items)
     if first.grid is not None:
-        return Patches(patches, first.coords[:1], None, first.grid)
-    coords = torch.stack([p.coords for p in items], dim=1).flatten(0, 1)
-    valid = None if first.valid is None else torch.stack([p.valid for p in items], dim=1).flatten(0, 1)
-    return Patches(patches, coords, valid)
+        return Patches(_copies_major([p.patches for p in items]), first.coords[:1], None, first.grid)
+    if pack is not None and first.valid is None:
+        return pack(items)
+    return Patches(
+        _copies_major([p.patches for p in items]),
+        _copies_major([p.coords for p in items]),
+        None if first.valid is None else _copies_major([p.valid for p in items]),
+        sizes=None if first.sizes is None else _copies_major([p.sizes for p in items]),
+    )
+
+
+def _copies_major(items: list[Any]) -> Tensor:
+    return torch.stack(items, dim=1).flatten(0, 1)  # [C, B, ...] -> [C * B, ...]

@@ -44,14 +44,14 @@ def values_of(scalar: float | Schedule) -> list[float]:
     return list(scalar.values) if isinstance(scalar, Schedule) else [scalar]
 
 
-def warmup_cosine(step: int, *, total: int, warmup: int) -> float:
+def warmup_cosine(step: float, *, total: int, warmup: int) -> float:
     """Returns the learning-rate factor in [0, 1]: linear warm-up times a cosine to zero.
 
     Source: google-research/big_vision, big_vision/utils.py, create_learning_rate_schedule:
     0.5 (1 + cos(pi p)) min(1, s / warmup), with p = clip((s - warmup) / (total - warmup), 0, 1).
 
     Args:
-        step: optimizer steps done, from 0.
+        step: optimizer steps done, from 0; a branch may stand between two.
         total: optimizer steps of the whole run.
         warmup: optimizer steps of the linear warm-up, less than `total`.
     """

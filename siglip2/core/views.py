@@ -69,7 +69,7 @@ class ImageView:
     copies: int = 1
 
     def __call__(self, sample: "Sample", context: Context) -> "Patches":
-        return context.patchifier(sample.image(), self, context.layout)
+        return context.patchifier(sample.image(), self, context.layout, context.rng)
 
 
 class Text(NamedTuple):

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+import numpy as np
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
@@ -35,7 +36,10 @@ class FixedPatchifier:
     def layout(self, index: int) -> Layout:
         return Layout(seq_len=self.grid[0] * self.grid[1], batch_size=self.batch_size)
 
-    def __call__(self, image: Tensor, view: View, layout: Layout) -> Patches:
+    def eval_layout(self, batch_size: int) -> Layout:
+        return Layout(seq_len=self.grid[0] * self.grid[1], batch_size=batch_size)
+
+    def __call__(self, image: Tensor, view: View, layout: Layout, rng: np.random.Generator | None = None) -> Patches:
         """Returns the patches [1, N, P] uint8 of an image [3, H, W] uint8."""
         size = [self.image_size, self.image_size]
         square = resize(image, size, interpolation=FILTERS[self.filter], antialias=self.antialias)

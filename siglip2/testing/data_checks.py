@@ -5,13 +5,13 @@ import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from siglip2.core.layout import Layout
 from siglip2.core.views import IMAGE, Context, View
 from siglip2.testing.case import ROWS, Case, require
 from siglip2.testing.tiny import TinySource, fake_batch, same, tiny_tokenizer
@@ -33,7 +33,7 @@ def check_views_are_descriptions(case: Case) -> None:
         with other_global_seeds(1):
             second = fake_batch([copy], ROWS).views[view.name]
         require(same(first, second), f"{shown} gives different values for the same sample: draw only from context.rng")
-        rows = (first if isinstance(first, Tensor) else first.patches).shape[0]
+        rows = first.shape[0] if isinstance(first, Tensor) else first.num_images
         require(rows == ROWS * view.copies, f"{shown} says copies={view.copies}, but makes {rows // ROWS} of a sample")
 
 
@@ -79,12 +79,18 @@ def check_patchifier_is_pure(case: Case) -> None:
     require(layouts == backwards, f"{shown} has a layout that depends on more than the index")
     require(bool(json.dumps(patchifier.contract())), f"{shown} has an empty pixel contract: exports would guess")
     sample, view = TinySource().read(3), IMAGE
-    for layout in {Layout(x.seq_len, ROWS) for x in layouts.values()}:
-        context = Context((0,), patchifier, layout, tiny_tokenizer())
-        one, other = view(sample, context), copy(sample.image(), view, layout)
-        require(same(one, other), f"{shown} makes different patches of the same picture: draw nothing")
+    trained = {replace(layout, batch_size=ROWS) for layout in layouts.values()}
+    for layout in {*trained, patchifier.eval_layout(ROWS)}:
+        contexts = [Context((0,), patchifier, layout, tiny_tokenizer()) for _ in range(2)]
+        with other_global_seeds(0):
+            one = view(sample, contexts[0])
+        with other_global_seeds(1):
+            other = copy(sample.image(), view, layout, contexts[1].rng)
+        require(same(one, other), f"{shown} makes different patches of the same picture: draw only from its `rng`")
         values = patchifier.patch_size**2 * 3
+        length = one.patches.shape[1] if layout.packed else layout.seq_len
         require(
-            tuple(one.patches.shape) == (1, layout.seq_len, values) and one.patches.dtype == torch.uint8,
-            f"{shown} makes {list(one.patches.shape)} {one.patches.dtype}, not [1, {layout.seq_len}, {values}] uint8",
+            tuple(one.patches.shape) == (1, length, values) and one.patches.dtype == torch.uint8,
+            f"{shown} makes {list(one.patches.shape)} {one.patches.dtype}, not [1, {length}, {values}] uint8",
         )
+        require(length <= layout.seq_len, f"{shown} makes {length} patches of an image, a row has {layout.seq_len}")

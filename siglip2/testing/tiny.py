@@ -5,6 +5,7 @@ import io
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from siglip2.core.data.fields import Sample
 from siglip2.core.data.loader import Maker, join
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.data.train_tokenizer import train_tokenizer
-from siglip2.core.layout import Layout, Patchifier
+from siglip2.core.layout import Patchifier
 from siglip2.core.model.two_towers import ImageFeatures, TwoTowers, build_two_towers, image_features
 from siglip2.core.module import SigLIP2Module
 from siglip2.core.plugin import Plugin
@@ -115,10 +116,10 @@ def fake_batch(
     """
     source = TinySource()
     maker = Maker(source, patchifier, tokenizer or tiny_tokenizer(), seed=0)
-    layout = Layout(patchifier.layout(0).seq_len, batch_size)
+    layout = replace(patchifier.layout(0), batch_size=batch_size)
     numbers = range(first, first + batch_size)
     rows = [maker.row(i % len(source), position=i, views=views, layout=layout) for i in numbers]
-    return join(rows, size=batch_size, index=0)
+    return join(rows, size=batch_size, index=0, pack=maker.pack(layout))
 
 
 class TinyStep(Step):

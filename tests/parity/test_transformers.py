@@ -124,7 +124,7 @@ def naflex():
     for i, (rows, columns) in enumerate(GRIDS):
         coords[i, : rows * columns] = grid_coords(rows, columns)
         valid[i, : rows * columns] = True
-    return Patches(patches, coords, valid)
+    return Patches(patches, coords, valid, sizes=torch.tensor(GRIDS)[:, None])
 
 
 def naflex_inputs(images):

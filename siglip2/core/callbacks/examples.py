@@ -58,7 +58,7 @@ def embed_some(module: Any, batches: Any, limit: int) -> Embedded:
         ids = {f"ids/{name}": view for name, view in batch.views.items() if _is_text(view)}
         rows.append({**module.embed(batch), **ids, "real": batch.real})
         pictures.append(unpatchify(images.patches.cpu(), images.grid).permute(0, 2, 3, 1).numpy())
-        patches += [images.rows(torch.tensor([i], device=module.device)) for i in range(batch.size)]
+        patches += [images.images(torch.tensor([i], device=module.device)) for i in range(batch.size)]
     kept = torch.cat([r["real"] for r in rows])[:limit].cpu()
     joined = {k: torch.cat([r[k] for r in rows])[:limit].cpu()[kept] for k in rows[0] if k != "real"}
     chosen = kept.nonzero().flatten().tolist()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
@@ -14,19 +14,20 @@ from torch.utils.data import DataLoader
 from siglip2.core.batch import Batch
 from siglip2.core.checkpoint import read_checkpoint
 from siglip2.core.data.check import check_source
-from siglip2.core.data.loader import EvalBatches, FromIndex, Maker, ResumableLoader, TrainBatches, share
+from siglip2.core.data.loader import EvalBatches, FromIndex, Maker, ResumableLoader, TrainBatches
 from siglip2.core.data.order import Order
 from siglip2.core.data.predicting import PicturesToRank
 from siglip2.core.data.settings import PredictSet, ReferringSet, RetrievalSet, TextOptions, TrainSet, ZeroShotSet
 from siglip2.core.data.source import Source, open_source
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.hooks import build_manager
-from siglip2.core.layout import Layout, Patchifier, Phase, phases
+from siglip2.core.layout import Patchifier, Phase, phases
 from siglip2.core.plugin import Plugin
 from siglip2.core.regions import RegionBox, RegionText
 from siglip2.core.views import IMAGE, LabelView, TextView, View
 
 EvalSet = ZeroShotSet | RetrievalSet | ReferringSet
+LAYOUTS_SEEN = 64  # batches among which the longest is looked for
 FIELDS_NEEDED = {
     ZeroShotSet: ("image", "label"),
     RetrievalSet: ("image", "caption"),
@@ -153,9 +154,11 @@ class SigLIP2Data(LightningDataModule):
         return self._loader(batches, FromIndex(trainer.global_step * accumulate, total))
 
     def rehearsal_batch(self, phase: Phase) -> Batch:
-        """Returns two samples with the views of a phase."""
+        """Returns two samples with the views of a phase, in the longest layout."""
+        longest = max((self.patchifier.layout(i) for i in range(LAYOUTS_SEEN)), key=lambda layout: layout.seq_len)
+        layout = replace(longest, batch_size=min(2, longest.batch_size))
         views = self.views_of(phase)
-        return EvalBatches(self._train_maker, views, batch_size=min(2, share(self.patchifier.layout(0), 1)))[0]
+        return EvalBatches(self._train_maker, views, batch_size=layout.batch_size, layout=layout)[0]
 
     def eval_views(self, dataset: EvalSet) -> tuple[View, ...]:
         """Returns the views of an evaluation set: the image, and its label, or per language a caption or a region."""
@@ -190,8 +193,7 @@ class SigLIP2Data(LightningDataModule):
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        layout = Layout(self.patchifier.layout(0).seq_len, 1)
-        return self._loader(PicturesToRank(self.predict.images, self.patchifier, layout))
+        return self._loader(PicturesToRank(self.predict.images, self.patchifier, self.patchifier.eval_layout(1)))
 
     def _loader(self, batches: Any, sampler: Any = None) -> DataLoader[Batch]:
         workers = self.num_workers if len(batches) > 1 else 0

@@ -3,20 +3,22 @@
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from siglip2.core.batch import Batch, Fault, collate
+from siglip2.core.batch import Batch, Fault, Pack, collate
 from siglip2.core.data.fields import BadSample
 from siglip2.core.data.order import Order
 from siglip2.core.data.source import Source
 from siglip2.core.data.text import Tokenizer
-from siglip2.core.layout import Layout, Patchifier
+from siglip2.core.layout import Layout, Packer, Patchifier, Positions
 from siglip2.core.views import Context, View
 
 ATTEMPTS = 32
+LAYOUTS_CHECKED = 256  # batches whose sizes must divide over the ranks before training starts
 
 
 class Row(NamedTuple):
@@ -51,6 +53,18 @@ class Maker:
         made = {view.name: view(sample, self._context(view, position, layout)) for view in views}
         return Row(sample.key, made, [Fault(sample.where, sample.key, reason) for reason in sample.notes])
 
+    def pack(self, layout: Layout) -> Pack | None:
+        """Returns what joins images into shared rows; None where each has its own.
+
+        Raises:
+            ValueError: if the layout is packed and the patchifier cannot pack.
+        """
+        if not layout.packed:
+            return None
+        if not isinstance(self.patchifier, Packer):
+            raise ValueError(f"{type(self.patchifier).__name__} has a packed layout, but no method `pack`")
+        return partial(self.patchifier.pack, layout=layout)
+
     def _context(self, view: View, position: int, layout: Layout) -> Context:
         entropy = (self.seed, position, zlib.crc32(view.name.encode()))
         return Context(entropy, self.patchifier, layout, self.tokenizer, self.languages)
@@ -67,6 +81,8 @@ class TrainBatches(Dataset[Batch]):
         accumulate: micro-batches per optimizer step; views change between steps, never inside one.
         rank: this process among `world_size`.
         world_size: processes that share each batch evenly.
+        begin: progress at batch 0: 0, or where a branch leaves the run that it continues.
+        examples: examples that were trained on before batch 0; the stream goes on behind them.
 
     Raises:
         ValueError: if a batch size does not divide over the ranks.
@@ -82,12 +98,16 @@ class TrainBatches(Dataset[Batch]):
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        begin: float = 0.0,
+        examples: int = 0,
     ):
         self.accumulate = accumulate
         self.maker, self.order, self.views = maker, order, tuple(views)
         self.max_batches, self.rank, self.world_size = max_batches, rank, world_size
-        self._known_start = (0, 0)  # batch number -> position of its first sample
-        share(maker.patchifier.layout(0), world_size)
+        self.begin, self.examples = begin, examples
+        self._positions = Positions(maker.patchifier)
+        for index in range(min(max_batches, LAYOUTS_CHECKED)):
+            share(maker.patchifier.layout(index), world_size)
 
     def __len__(self) -> int:
         return self.max_batches
@@ -95,25 +115,19 @@ class TrainBatches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         layout = self.maker.patchifier.layout(index)
         size = share(layout, self.world_size)
-        first = self._start(index) + self.rank * size
-        views = self.views_at(index // self.accumulate / (self.max_batches // self.accumulate))
+        first = self.examples + self._positions.before(index) + self.rank * size
+        done = index // self.accumulate / (self.max_batches // self.accumulate)
+        views = self.views_at(self.begin + (1 - self.begin) * done)
         _, samples = self.order.many(first, size)
         faults: list[Fault] = []
         rows = []
         for position, sample in enumerate(samples.tolist(), start=first):
             rows.append(self._good_row(sample, position, views, layout, faults))
-        return join(rows, size=size, index=index, faults=faults)
+        return join(rows, size=size, index=index, faults=faults, pack=self.maker.pack(layout))
 
     def views_at(self, progress: float) -> tuple[View, ...]:
         """Returns the views that are made at `progress`."""
         return [views for start, views in self.views if start <= progress][-1]
-
-    def _start(self, index: int) -> int:
-        number, position = self._known_start if self._known_start[0] <= index else (0, 0)
-        for earlier in range(number, index):
-            position += self.maker.patchifier.layout(earlier).batch_size
-        self._known_start = (index, position)
-        return position
 
     def _good_row(self, sample: int, position: int, views: Sequence[View], layout: Layout, faults: list[Fault]) -> Row:
         for attempt in range(1, ATTEMPTS + 1):
@@ -128,11 +142,13 @@ class TrainBatches(Dataset[Batch]):
         )
 
 
-def join(rows: Sequence[Row], *, size: int, index: int, faults: Sequence[Fault] = ()) -> Batch:
-    """Returns the rows as batch number `index`."""
+def join(
+    rows: Sequence[Row], *, size: int, index: int, faults: Sequence[Fault] = (), pack: Pack | None = None
+) -> Batch:
+    """Returns the rows as batch number `index`; `pack` joins images that share rows."""
     notes = tuple(note for row in rows for note in row.notes)
     keys = tuple(row.key for row in rows)
-    return Batch(collate([row.views for row in rows]), size, index, keys, faults=tuple(faults), notes=notes)
+    return Batch(collate([row.views for row in rows], pack), size, index, keys, faults=tuple(faults), notes=notes)
 
 
 class EvalBatches(Dataset[Batch]):
@@ -145,6 +161,7 @@ class EvalBatches(Dataset[Batch]):
         rank: this process among `world_size`.
         world_size: processes that share the set; each makes the same number of batches.
         limit: use only so many samples.
+        layout: of each batch on each rank, instead of the patchifier's for evaluation.
     """
 
     def __init__(
@@ -156,8 +173,10 @@ class EvalBatches(Dataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
         limit: int | None = None,
+        layout: Layout | None = None,
     ):
         self.maker, self.views, self.batch_size = maker, tuple(views), batch_size
+        self.layout = layout or maker.patchifier.eval_layout(batch_size)
         self.rank, self.world_size = rank, world_size
         self.num_samples = len(maker.source) if limit is None else min(limit, len(maker.source))
 
@@ -166,14 +185,14 @@ class EvalBatches(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         first = (index * self.world_size + self.rank) * self.batch_size
-        layout = Layout(self.maker.patchifier.layout(0).seq_len, self.batch_size)
         faults: list[Fault] = []
         rows, real = [], []
         for position in range(first, first + self.batch_size):
-            row, good = self._row(position, layout, faults)
+            row, good = self._row(position, self.layout, faults)
             rows.append(row)
             real.append(good and position < self.num_samples)
-        batch = join(rows, size=self.batch_size, index=index, faults=faults)
+        pack = self.maker.pack(self.layout)
+        batch = join(rows, size=self.batch_size, index=index, faults=faults, pack=pack)
         return replace(batch, real=torch.tensor(real))
 
     def _row(self, position: int, layout: Layout, faults: list[Fault]) -> tuple[Row, bool]:

@@ -92,7 +92,7 @@ class TwoTowers(nn.Module):
 def image_features(vision: nn.Module, images: Patches) -> ImageFeatures:
     """Returns what a vision tower (the student's, a teacher's) makes of images."""
     tokens, pooled = vision(images)
-    return ImageFeatures(tokens, pooled, unit_norm(pooled), images.valid)
+    return ImageFeatures(tokens, pooled, unit_norm(pooled), images.token_mask)
 
 
 def build_two_towers(

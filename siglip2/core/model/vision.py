@@ -82,8 +82,9 @@ class VisionTower(nn.Module):
             return self.pos_embed.flatten(0, 1)
         if images.grid is not None:
             return resample_grid(self.pos_embed, images.coords, grid=images.grid)
-        sizes = images.coords.amax(dim=1, keepdim=True) + 1  # [B, 1, 2]; padding has the coordinates (0, 0)
-        return resample_grid(self.pos_embed, images.coords, grid=(sizes[..., 0], sizes[..., 1]))
+        if images.sizes is None:
+            raise ValueError("images without a common `grid` need the `sizes` of their own")
+        return resample_grid(self.pos_embed, images.coords, grid=(images.sizes[..., 0], images.sizes[..., 1]))
 
 
 class TimmVisionTower(nn.Module):

@@ -19,7 +19,8 @@ def padded(images: Patches, extra: int, *, seed=9) -> Patches:
     noise = torch.randint(0, 256, (size, extra, values), generator=generator, dtype=torch.uint8)
     coords = torch.cat([images.coords.expand(size, -1, -1), torch.zeros(size, extra, 2, dtype=torch.int16)], dim=1)
     valid = torch.arange(n + extra).expand(size, -1) < n
-    return Patches(torch.cat([images.patches, noise], dim=1), coords, valid)
+    sizes = torch.tensor(images.grid).expand(size, 1, 2)
+    return Patches(torch.cat([images.patches, noise], dim=1), coords, valid, sizes=sizes)
 
 
 def test_image_features_have_the_promised_shapes(towers, images):
@@ -108,7 +109,8 @@ def test_padding_gets_no_gradient(towers, images):
 @pytest.mark.parametrize("grid", [(4, 4), (2, 7), (9, 1)])
 def test_one_grid_for_all_and_a_grid_per_image_are_the_same(towers, images, grid):
     shared = images(*grid)
-    each = Patches(shared.patches, shared.coords.expand(3, -1, -1), None, None)
+    sizes = torch.tensor(grid).expand(3, 1, 2)
+    each = Patches(shared.patches, shared.coords.expand(3, -1, -1), sizes=sizes)
     one, other = towers.encode_image(shared).embedding, towers.encode_image(each).embedding
     torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
@@ -137,7 +139,8 @@ def test_uint8_pixels_become_minus_one_to_one():
 def test_order_of_patches_is_carried_by_their_coordinates(towers, images):
     straight = images(3, 5)
     order = torch.randperm(15, generator=torch.Generator().manual_seed(0))
-    shuffled = Patches(straight.patches[:, order], straight.coords[:, order].expand(3, -1, -1), None, None)
+    coords, sizes = straight.coords[:, order].expand(3, -1, -1), torch.tensor([3, 5]).expand(3, 1, 2)
+    shuffled = Patches(straight.patches[:, order], coords, sizes=sizes)
     one, other = towers.encode_image(straight).embedding, towers.encode_image(shuffled).embedding
     torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
