@@ -80,39 +80,50 @@ def grid_coords(rows: int, columns: int) -> Tensor:
     return torch.stack([y, x], dim=-1).reshape(-1, 2).to(torch.int16)
 
 
-def resize_weights(coord: Tensor, *, size: Tensor | int, source: int) -> Tensor:
-    """Weights of an antialiased bilinear resize along one axis, [..., source] float32, each row summing to 1.
+def resize_weights(coord: Tensor, *, size: Tensor | int, source: int, corners: bool = False) -> Tensor:
+    """Weights of a bilinear resize along one axis, [..., source] float32, each row summing to 1.
 
-    The triangle filter of `F.interpolate(mode="bilinear", antialias=True, align_corners=False)`: output cell c of
-    `size` sees input cell i with weight max(0, 1 - |i + 1/2 - (c + 1/2) s| / max(s, 1)), where s = source / size.
+    Antialiased, the triangle filter of `F.interpolate(mode="bilinear", antialias=True, align_corners=False)`: output
+    cell c of `size` sees input cell i with weight max(0, 1 - |i + 1/2 - (c + 1/2) s| / max(s, 1)), s = source / size.
+
+    With `corners`, that of `F.interpolate(mode="bilinear", align_corners=True)` and `scipy.ndimage.zoom(order=1)`:
+    weight max(0, 1 - |i - c (source - 1) / (size - 1)|).
 
     Args:
         coord: output cells, integer [...].
         size: number of output cells, an int or a tensor that broadcasts with `coord`.
         source: number of input cells.
+        corners: whether the first and last cells stay where they are, and nothing is antialiased.
     """
     size = torch.as_tensor(size, dtype=torch.float32, device=coord.device)[..., None]
-    cells = 2 * torch.arange(source, device=coord.device, dtype=torch.float32) + 1
-    centre = (2 * coord.float()[..., None] + 1) * source
-    # times 2 size, numerator and denominator are whole numbers, exact in float32: the weights are right to the last bit
-    distance = (cells * size - centre).abs() / (2 * size.clamp(min=source))
+    cells = torch.arange(source, device=coord.device, dtype=torch.float32)
+    cell = coord.float()[..., None]
+    # numerator and denominator are whole numbers, exact in float32: the weights are right to the last bit
+    if corners:
+        steps = (size - 1).clamp(min=1)  # a single cell stands on the first
+        distance = (cells * steps - cell * (source - 1)).abs() / steps
+    else:
+        distance = ((2 * cells + 1) * size - (2 * cell + 1) * source).abs() / (2 * size.clamp(min=source))
     weights = (1 - distance).clamp(min=0)
     return weights / weights.sum(-1, keepdim=True)
 
 
-def resample_grid(table: Tensor, coords: Tensor, *, grid: tuple[Tensor | int, Tensor | int]) -> Tensor:
-    """Position embeddings of the cells `coords` of a grid: the table resized (bilinear, antialiased) and looked up.
+def resample_grid(
+    table: Tensor, coords: Tensor, *, grid: tuple[Tensor | int, Tensor | int], corners: bool = False
+) -> Tensor:
+    """Position embeddings of the cells `coords` of a grid: the table resized (bilinear) and looked up.
 
     Args:
         table: [rows, columns, D], the learned positions.
         coords: [..., N, 2], integer (y, x).
         grid: (rows, columns) that the coordinates live in; ints, or tensors that broadcast with [..., N].
+        corners: aligns the corners and does not antialias, see `resize_weights`.
 
     Returns:
         [..., N, D] in the dtype of the table.
     """
-    rows = resize_weights(coords[..., 0], size=grid[0], source=table.shape[0])
-    columns = resize_weights(coords[..., 1], size=grid[1], source=table.shape[1])
+    rows = resize_weights(coords[..., 0], size=grid[0], source=table.shape[0], corners=corners)
+    columns = resize_weights(coords[..., 1], size=grid[1], source=table.shape[1], corners=corners)
     weights = (rows[..., :, None] * columns[..., None, :]).flatten(-2)  # [..., N, rows * columns]
     with torch.autocast(table.device.type, enabled=False):  # bf16 weights would blur the grid
         return (weights @ table.float().flatten(0, 1)).to(table.dtype)

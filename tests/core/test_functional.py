@@ -1,6 +1,7 @@
 """The sigmoid loss is the paper's equation, patches are where they should be, and positions resize as torch resizes."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from siglip2.core.functional import (
     sigmoid_loss,
     unpatchify,
 )
+from siglip2.testing import no_host_sync
 
 GRIDS = np.random.default_rng(0).integers(1, 65, size=(200, 4)).tolist()  # table rows, columns -> rows, columns
 
@@ -165,7 +167,7 @@ def interpolated(table, rows, columns):
 
     Resized lying down if it has one column: torch 2.9 on CPU repeats the first value in such a column (4 x 1 -> 3 x 1).
     """
-    if columns == 1:
+    if columns == 1 < rows:
         return interpolated(table.transpose(0, 1), 1, rows)
     image = table.double().permute(2, 0, 1)[None]
     resized = F.interpolate(image, size=(rows, columns), mode="bilinear", antialias=True, align_corners=False)
@@ -196,16 +198,85 @@ def test_resample_grid_has_the_gradient_of_the_interpolation():
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * collected)
 
 
-def test_resample_grid_takes_a_grid_per_image():
+def interpolated_by_corners(table, rows, columns):
+    """torch's resize with corners aligned of a table [r, c, D] in float64, row-major [rows * columns, D]."""
+    image = table.double().permute(2, 0, 1)[None]
+    return F.interpolate(image, size=(rows, columns), mode="bilinear", align_corners=True)[0].flatten(1).T
+
+
+FILTERS = [
+    pytest.param(False, interpolated, id="antialiased"),
+    pytest.param(True, interpolated_by_corners, id="corners"),
+]
+
+
+def mixed_grids():
+    """A table 16 x 16, coordinates [5, 256, 2] of five grids, padded with (0, 0), and their sizes [5, 1, 2]."""
     table = torch.rand(16, 16, 4, generator=torch.Generator().manual_seed(2)) * 2 - 1
     grids = [(7, 9), (16, 16), (1, 64), (64, 1), (5, 5)]
     coords = torch.zeros(len(grids), 256, 2, dtype=torch.int16)
     for row, grid in zip(coords, grids, strict=True):
         row[: grid[0] * grid[1]] = grid_coords(*grid)
-    sizes = torch.tensor(grids)[:, None]  # [B, 1, 2]
-    found = resample_grid(table, coords, grid=(sizes[..., 0], sizes[..., 1])).double()
-    for positions, grid in zip(found, grids, strict=True):
-        torch.testing.assert_close(positions[: grid[0] * grid[1]], interpolated(table, *grid), rtol=0, atol=1e-6)
+    return table, coords, torch.tensor(grids, dtype=torch.int16)[:, None]
+
+
+@pytest.mark.parametrize(("corners", "reference"), FILTERS)
+def test_resample_grid_takes_a_grid_per_image(corners, reference):
+    table, coords, sizes = mixed_grids()
+    found = resample_grid(table, coords, grid=(sizes[..., 0], sizes[..., 1]), corners=corners).double()
+    for positions, (grid,) in zip(found, sizes.tolist(), strict=True):
+        torch.testing.assert_close(positions[: grid[0] * grid[1]], reference(table, *grid), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("corners", "reference"), FILTERS)
+def test_resample_grid_takes_a_grid_per_patch(corners, reference):
+    """Three images of different grids in one row, as packing lays them out."""
+    table = torch.rand(6, 4, 3, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    grids = [(2, 9), (7, 3), (6, 4)]
+    coords = torch.cat([grid_coords(*grid) for grid in grids])[None]
+    sizes = torch.cat([torch.tensor([grid] * math.prod(grid)) for grid in grids])[None]
+    found = resample_grid(table, coords, grid=(sizes[..., 0], sizes[..., 1]), corners=corners)[0].double()
+    expected = torch.cat([reference(table, *grid) for grid in grids])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_resample_grid_by_corners_is_the_interpolation_that_aligns_them():
+    for table, grid in random_tables(seed=4):
+        found = resample_grid(table, grid_coords(*grid), grid=grid, corners=True).double()
+        torch.testing.assert_close(found, interpolated_by_corners(table, *grid), rtol=0, atol=1e-6)
+
+
+def test_resample_grid_by_corners_runs_straight_from_corner_to_corner():
+    """big_vision's rule (scipy.ndimage.zoom of order 1), by numpy: linear along each axis over evenly spaced points."""
+    for table, grid in random_tables(seed=5):
+        expected = table.double().numpy()
+        for axis, size in enumerate(grid):
+            source = expected.shape[axis]
+            points = np.linspace(0, source - 1, size)
+            expected = np.apply_along_axis(partial(np.interp, points, range(source)), axis, expected)
+        found = resample_grid(table, grid_coords(*grid), grid=grid, corners=True)
+        np.testing.assert_allclose(found, expected.reshape(-1, 2), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("corners", [False, True])
+def test_positions_are_resampled_without_waiting_for_the_device(corners):
+    table, coords, sizes = mixed_grids()
+    table.requires_grad_()
+    with no_host_sync():
+        resample_grid(table, coords, grid=(sizes[..., 0], sizes[..., 1]), corners=corners).sum().backward()
+    assert table.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # which torch 2.9's tracer does
+def test_positions_are_resampled_in_one_graph():
+    table, coords, sizes = mixed_grids()
+    table.requires_grad_()
+    compiled = torch.compile(resample_grid, fullgraph=True, dynamic=False, backend="aot_eager")
+    results = []
+    for function in (compiled, resample_grid):
+        positions = function(table, coords, grid=(sizes[..., 0], sizes[..., 1]))
+        results.append((positions, *torch.autograd.grad(positions.square().sum(), table)))
+    torch.testing.assert_close(results[0], results[1])
 
 
 def test_resampling_treats_rows_and_columns_alike():
