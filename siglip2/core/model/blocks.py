@@ -5,10 +5,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.layers import AttentionPoolLatent, GELUTanh
+from timm.layers import GELUTanh
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from siglip2.core.model.attention import MAPHead, SelfAttention
 from siglip2.core.model.sizes import Shape
 
 # flax's epsilon, in every published SigLIP. Any: timm asks for a class where it takes what makes a module
@@ -24,7 +25,14 @@ def _mlp_ratio(shape: Shape) -> float:
 def make_blocks(shape: Shape) -> nn.ModuleList:
     """Returns `depth` pre-norm blocks with biases, LayerNorm eps 1e-6 and tanh-GELU, initialised as published."""
     make = partial(
-        Block, shape.width, shape.num_heads, _mlp_ratio(shape), qkv_bias=True, act_layer=GELUTanh, norm_layer=LayerNorm
+        Block,
+        shape.width,
+        shape.num_heads,
+        _mlp_ratio(shape),
+        qkv_bias=True,
+        act_layer=GELUTanh,
+        norm_layer=LayerNorm,
+        attn_layer=SelfAttention,
     )
     blocks = nn.ModuleList(make() for _ in range(shape.depth))
     for block in cast(Any, blocks):  # timm's attributes have no useful types
@@ -34,12 +42,12 @@ def make_blocks(shape: Shape) -> nn.ModuleList:
     return blocks
 
 
-def make_pool(shape: Shape) -> AttentionPoolLatent:
+def make_pool(shape: Shape) -> MAPHead:
     """Returns the MAP head: one learned query attends to all tokens, then a residual MLP.
 
     Source: google-research/big_vision, models/vit.py, MAPHead.
     """
-    pool = AttentionPoolLatent(
+    pool = MAPHead(
         shape.width,
         num_heads=shape.num_heads,
         mlp_ratio=_mlp_ratio(shape),
@@ -84,11 +92,3 @@ def normal_table(*shape: int) -> nn.Parameter:
 def key_mask(valid_BN: Tensor | None) -> Tensor | None:
     """Returns the attention mask [B, 1, 1, N] bool that hides padded keys; None if nothing is padded."""
     return None if valid_BN is None else valid_BN[:, None, None, :]
-
-
-def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Returns a bool attention mask as 0 where it allows and -inf where it hides; None stays None."""
-    if mask is None:
-        return None
-    # without the fused kernel timm's AttentionPoolLatent adds its mask as it is: a bool would add 1 and hide nothing
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))

@@ -1,6 +1,6 @@
 """The vision tower: patches in, un-pooled tokens and one pooled vector out."""
 
-# B batch, N patches, P patch values, D width
+# B images, R packed rows, S patches of a row, N patches of an image, P patch values, D width
 
 import difflib
 from typing import Any, NamedTuple, cast
@@ -9,17 +9,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from siglip2.core.batch import Patches
+from siglip2.core.batch import Packing, Patches
 from siglip2.core.functional import resample_grid, unpatchify
-from siglip2.core.model.blocks import (
-    LayerNorm,
-    additive_mask,
-    key_mask,
-    lecun_normal_,
-    make_blocks,
-    make_pool,
-    normal_table,
-)
+from siglip2.core.model.attention import SelfAttention, image_blocks, slot_mask
+from siglip2.core.model.blocks import LayerNorm, key_mask, lecun_normal_, make_blocks, make_pool, normal_table
 from siglip2.core.model.sizes import Shape
 
 
@@ -59,22 +52,38 @@ class VisionTower(nn.Module):
     def forward(
         self, images: Patches, *, masked_BN: Tensor | None = None, mask_token_D: Tensor | None = None
     ) -> VisionOutput:
-        """Encodes uint8 patches [B, N, P].
+        """Encodes uint8 patches [B, N, P], or packed ones [R, S, P]: an image is read alone, wherever it lies.
 
         Args:
             images: the patches.
             masked_BN: bool, true where the embedded patch is replaced by the mask token; it keeps its position.
             mask_token_D: what stands there instead, [D].
+
+        Returns:
+            Tokens and pooled vectors of the B images. Packed images have N = `images.packing.longest` tokens, and where
+            `images.token_mask` is false an image's last token stands once more.
+
+        Raises:
+            ValueError: if patches of packed images are to be masked.
         """
-        mask = key_mask(images.valid)
+        packing = images.packing
+        if packing is not None and masked_BN is not None:
+            raise ValueError("patches cannot be masked where images share rows: use a patchifier that does not pack")
         x = self.embed(to_unit_range(images.patches))  # [B, N, P] -> [B, N, D]
         if masked_BN is not None and mask_token_D is not None:
             x = torch.where(masked_BN[..., None], mask_token_D.to(x.dtype), x)
         x = x + self._positions(images)
+        mask = key_mask(images.valid) if packing is None else image_blocks(packing.owner, flex=self._takes_blocks(x))
         for block in self.blocks:
             x = block(x, attn_mask=mask)
         x = self.norm(x)
-        return VisionOutput(x, self.pool(x, attn_mask=additive_mask(mask, x.dtype)))
+        if packing is None:
+            return VisionOutput(x, self.pool(x, key_mask(images.valid)))
+        pooled_RQD = self.pool.each(x, slot_mask(packing.owner, packing.slots), count=packing.slots)
+        return unpacked(x, pooled_RQD, packing)
+
+    def _takes_blocks(self, x: Tensor) -> bool:
+        return all(m.takes_blocks(x) for m in self.blocks.modules() if isinstance(m, SelfAttention))
 
     def _positions(self, images: Patches) -> Tensor:
         rows, columns, _ = self.pos_embed.shape
@@ -85,6 +94,24 @@ class VisionTower(nn.Module):
         if images.sizes is None:
             raise ValueError("images without a common `grid` need the `sizes` of their own")
         return resample_grid(self.pos_embed, images.coords, grid=(images.sizes[..., 0], images.sizes[..., 1]))
+
+
+def unpacked(tokens_RSD: Tensor, pooled_RQD: Tensor, packing: Packing) -> VisionOutput:
+    """Returns the tokens [B, N, D] and the vector [B, D] of each image, taken out of the rows it lies in.
+
+    Args:
+        tokens_RSD: of all rows.
+        pooled_RQD: of the Q slots of all rows, those without image included.
+        packing: where the images are; N is its `longest`.
+    """
+    places = torch.arange(packing.longest, device=packing.length.device)
+    # behind the end of an image its last token: whatever reads too far reads no neighbour
+    index_BN = packing.start[:, None] + torch.minimum(places, packing.length[:, None] - 1)
+    tokens = tokens_RSD.flatten(0, 1).index_select(0, index_BN.flatten()).unflatten(0, index_BN.shape)
+    row = torch.div(packing.start, packing.owner.shape[1], rounding_mode="floor")
+    slot = packing.owner.flatten().index_select(0, packing.start)
+    pooled = pooled_RQD.flatten(0, 1).index_select(0, row * packing.slots + slot)
+    return VisionOutput(tokens, pooled)
 
 
 class TimmVisionTower(nn.Module):

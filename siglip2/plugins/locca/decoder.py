@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
+from siglip2.core.model.attention import attend
 from siglip2.core.model.blocks import LayerNorm, key_mask, lecun_normal_, normal_table
 from siglip2.core.model.sizes import Shape
 
@@ -25,24 +26,6 @@ class Cache(NamedTuple):
     keys_BhTd: Tensor
     values_BhTd: Tensor
     image_BhNd: tuple[Tensor, Tensor]
-
-
-def attend(q_Bhqd: Tensor, k_Bhkd: Tensor, v_Bhkd: Tensor, mask: Tensor | None, *, fused: bool) -> Tensor:
-    """Returns softmax(q k^T / sqrt(d)) v, [B, h, q, d].
-
-    Args:
-        q_Bhqd: queries.
-        k_Bhkd: keys.
-        v_Bhkd: values.
-        mask: bool, true where a query may look, broadcasts to [B, h, q, k]; None lets all look at all.
-        fused: through torch's fused kernel; the matrices multiplied out are about twice as fast in bf16 on a CPU.
-    """
-    if fused:
-        return F.scaled_dot_product_attention(q_Bhqd, k_Bhkd, v_Bhkd, attn_mask=mask)
-    scores = q_Bhqd * q_Bhqd.shape[-1] ** -0.5 @ k_Bhkd.transpose(-2, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1) @ v_Bhkd
 
 
 def _dense(width_in: int, width_out: int) -> nn.Linear:
