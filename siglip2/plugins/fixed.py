@@ -1,6 +1,8 @@
 """`fixed`: every image becomes the same square grid of patches."""
 
+import difflib
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -17,9 +19,31 @@ from siglip2.core.views import View
 FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 
 
+class Protocol(NamedTuple):
+    """How a library resizes."""
+
+    filter: str
+    antialias: bool
+
+
+PROTOCOLS = {
+    "transformers": Protocol("bilinear", antialias=True),  # SiglipImageProcessor with resample=2
+    "big_vision": Protocol("bilinear", antialias=False),  # pp/ops_image.py, `resize(N)` in the SigLIP 2 demo
+    "open_clip": Protocol("bicubic", antialias=True),  # transform.py, resize_mode "squash"
+}
+
+
 @dataclass(frozen=True)
 class FixedPatchifier:
-    """Squashes images to a square, ignoring their aspect ratio, and cuts it into patches (SigLIP 2, section 2.1)."""
+    """Squashes images to a square, ignoring their aspect ratio, and cuts it into patches (SigLIP 2, section 2.1).
+
+    Args:
+        image_size: side of the square in pixels.
+        patch_size: side of a patch in pixels.
+        batch_size: examples per step over all devices.
+        filter: resize filter, a key of `FILTERS`.
+        antialias: whether the resize is antialiased.
+    """
 
     image_size: int
     patch_size: int
@@ -57,14 +81,16 @@ class Fixed(Plugin):
         image_size: side of the square in pixels.
         patch_size: side of a patch in pixels.
         batch_size: examples per step over all devices (per micro-batch if gradients are accumulated).
-        filter: resize filter, bilinear or bicubic. SigLIP 2 does not publish its training filter; bilinear is
-            big_vision's default.
-        antialias: whether the resize is antialiased. big_vision's own resize is not, its documentation recommends it.
+        protocol: whose resize is followed: transformers (bilinear, antialiased), big_vision (bilinear, not antialiased)
+            or open_clip (bicubic, antialiased). Keep the one that the weights were trained with; SigLIP 2 does not
+            publish its own. Pixels are rounded to whole grey levels, where big_vision cuts the fraction off.
+        filter: resize filter, bilinear or bicubic, in place of the protocol's.
+        antialias: whether the resize is antialiased, in place of the protocol's.
         start: leave at 0: a recipe always needs its patchifier.
         stop: leave at 1.
 
     Raises:
-        ValueError: if a size is not positive, a patch is larger than the image, or the filter is unknown.
+        ValueError: if a size is not positive, a patch is larger than the image, or protocol or filter are unknown.
     """
 
     name = "fixed"
@@ -74,8 +100,9 @@ class Fixed(Plugin):
         image_size: int = 256,
         patch_size: int = 16,
         batch_size: int = 32768,
-        filter: str = "bilinear",
-        antialias: bool = True,
+        protocol: str = "transformers",
+        filter: str | None = None,
+        antialias: bool | None = None,
         start: float = 0.0,
         stop: float = 1.0,
     ):
@@ -85,9 +112,20 @@ class Fixed(Plugin):
                 f"fixed: expected 0 < patch_size <= image_size and batch_size >= 1, found image_size={image_size}, "
                 f"patch_size={patch_size}, batch_size={batch_size}"
             )
-        if filter not in FILTERS:
+        if protocol not in PROTOCOLS:
+            close = difflib.get_close_matches(protocol, PROTOCOLS, n=1, cutoff=0.5)
+            hint = f"did you mean '{close[0]}'? " if close else ""
+            raise ValueError(f"fixed: no protocol called '{protocol}', {hint}expected one of {', '.join(PROTOCOLS)}")
+        if filter is not None and filter not in FILTERS:
             raise ValueError(f"fixed: no resize filter called '{filter}', expected one of {', '.join(FILTERS)}")
-        self._patchifier = FixedPatchifier(image_size, patch_size, batch_size, filter, antialias)
+        followed = PROTOCOLS[protocol]
+        self._patchifier = FixedPatchifier(
+            image_size,
+            patch_size,
+            batch_size,
+            filter=followed.filter if filter is None else filter,
+            antialias=followed.antialias if antialias is None else antialias,
+        )
 
     @hookimpl
     def patchifier(self) -> FixedPatchifier:

@@ -129,10 +129,11 @@ class NaFlex(Plugin):
                 f"batch_sizes={batch_sizes}, shares={shares}, table={table}, max_scale={max_scale}, seed={seed}, "
                 + ", ".join(f"{key}={value}" for key, value in numbers.items())
             )
-        if tokens is not None and tokens < max(seq_lens) * divisor:
+        longest = max((n for n in seq_lens if n not in batch_sizes), default=0)
+        if tokens is not None and tokens < longest * divisor:
             raise ValueError(
-                f"naflex: {tokens} tokens per step hold no batch of {divisor} (the divisor) images with "
-                f"{max(seq_lens)} patches: set tokens to at least {max(seq_lens) * divisor}"
+                f"naflex: {tokens} tokens per step hold no batch of {divisor} (the divisor) images with {longest} "
+                f"patches: set tokens to at least {longest * divisor}"
             )
         fits = {n: batch_size if tokens is None else tokens // n // divisor * divisor for n in seq_lens}
         sizes = {**fits, **batch_sizes}

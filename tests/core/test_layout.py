@@ -1,10 +1,11 @@
-"""Phases: which plugins are awake when."""
+"""Phases: which plugins are awake when. Positions: where in the stream a batch begins."""
 
 import pytest
 
 from siglip2 import Plugin
-from siglip2.core.layout import phase_at, phases
+from siglip2.core.layout import Positions, phase_at, phases
 from siglip2.plugins.fixed import Fixed
+from siglip2.plugins.naflex import NaFlex
 
 
 def named(name, start=0.0, stop=1.0):
@@ -45,3 +46,23 @@ def test_layout_of_fixed_is_that_of_any_batch():
     patchifier = Fixed(image_size=384, patch_size=14, batch_size=8).patchifier()
     assert {patchifier.layout(i) for i in range(5)} == {patchifier.layout(0)}
     assert patchifier.layout(0).seq_len == 27 * 27
+
+
+UNEVEN = NaFlex(seq_lens=[4, 9, 16], batch_size=8, batch_sizes={16: 3}, shares={16: 2}).patchifier()
+
+
+@pytest.mark.parametrize("patchifier", [UNEVEN, Fixed(batch_size=6).patchifier()])
+def test_position_of_a_batch_is_the_sum_of_the_sizes_before_it(patchifier):
+    sizes = [patchifier.layout(i).batch_size for i in range(50)]
+    positions = Positions(patchifier)
+    for index in (0, 1, 2, 7, 8, 49, 12, 0, 30):  # forwards, backwards, and by leaps
+        assert positions.before(index) == sum(sizes[:index])
+
+
+def test_positions_asked_for_in_any_order_are_those_of_one_asked_for_once():
+    walked = Positions(UNEVEN)
+    assert [walked.before(i) for i in range(0, 90, 3)] == [Positions(UNEVEN).before(i) for i in range(0, 90, 3)]
+
+
+def test_far_position_is_whole_rounds_times_their_examples():
+    assert Positions(UNEVEN).before(40_000) == 10_000 * (8 + 8 + 3 + 3)

@@ -72,6 +72,35 @@ def test_filters_are_told_apart():
     assert not torch.equal(bilinear, bicubic)
 
 
+@pytest.mark.parametrize(
+    ("options", "filter", "antialias"),
+    [
+        ({}, "bilinear", True),
+        ({"protocol": "transformers"}, "bilinear", True),
+        ({"protocol": "big_vision"}, "bilinear", False),
+        ({"protocol": "open_clip"}, "bicubic", True),
+        ({"protocol": "open_clip", "filter": "bilinear"}, "bilinear", True),
+        ({"protocol": "open_clip", "antialias": False}, "bicubic", False),
+        ({"protocol": "big_vision", "filter": "bicubic", "antialias": True}, "bicubic", True),
+        ({"filter": "bicubic", "antialias": False}, "bicubic", False),
+    ],
+)
+def test_protocol_names_filter_and_antialias_and_either_overrides_it(options, filter, antialias):
+    contract = patchifier_of(**options).contract()
+    assert (contract["filter"], contract["antialias"]) == (filter, antialias)
+    assert "protocol" not in contract  # the same pixels by another name are the same pixels
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "side"), [(224, 14, 16), (384, 14, 27), (256, 16, 16), (100, 16, 6), (224, 32, 7)]
+)
+def test_any_size_and_patch_have_as_many_patches_as_fit_whole(image_size, patch_size, side):
+    patchifier = patchifier_of(image_size=image_size, patch_size=patch_size)
+    found = patchifier(image(50, 90), IMAGE, patchifier.layout(0))
+    assert found.grid == patchifier.grid == (side, side)
+    assert found.patches.shape == (1, side * side, patch_size * patch_size * 3)
+
+
 def test_every_batch_has_the_same_layout_on_every_rank():
     patchifier = patchifier_of(image_size=256, patch_size=16, batch_size=96)
     elsewhere = pickle.loads(pickle.dumps(patchifier))
@@ -116,6 +145,12 @@ def test_defaults_are_the_papers():
         ({"image_size": -256}, "found image_size=-256"),
         ({"batch_size": 0}, "batch_size >= 1, found .* batch_size=0"),
         ({"filter": "lanczos"}, "fixed: no resize filter called 'lanczos', expected one of bilinear, bicubic"),
+        (
+            {"protocol": "bigvision"},
+            "fixed: no protocol called 'bigvision', did you mean 'big_vision'\\? expected one of transformers, "
+            "big_vision, open_clip",
+        ),
+        ({"protocol": "jpeg"}, "fixed: no protocol called 'jpeg', expected one of transformers, big_vision, open_clip"),
         ({"start": 0.5, "stop": 0.5}, "plugin 'fixed': expected 0 <= start < stop <= 1, .* found start=0.5, stop=0.5"),
     ],
 )

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +14,9 @@ from siglip2.core.callbacks.referring import Grounder
 from siglip2.core.callbacks.zero_shot import class_vectors, read_classes
 from siglip2.core.data.datamodule import caption_name, region_names
 from siglip2.core.functional import unpatchify
-from siglip2.core.model.two_towers import unit_norm
+from siglip2.core.model.two_towers import ImageFeatures, unit_norm
 from siglip2.core.model.vision import VisionTower
-from siglip2.core.report.data import Box, BoxExample, CaptionExample, Heatmap, ImageExample, RetrievalExample
+from siglip2.core.report.data import Box, BoxExample, CaptionExample, Heatmap, ImageExample, Picture, RetrievalExample
 
 SHOWN = 8  # examples of each kind
 POOL = 256  # images among which texts are searched
@@ -30,14 +29,14 @@ class Embedded:
     """Images of an evaluation set.
 
     Args:
-        pictures: uint8 [M, H, W, 3].
+        pictures: M of them, uint8 [H, W, 3]; sizes differ where images keep their aspect ratio.
         patches: of each picture, with a leading dimension of 1.
         embedding: [M, E].
         others: embeddings [M, E] of text views, labels [M], and boxes [M, 4], by view.
         ids: token ids [M, T] of text views, by view.
     """
 
-    pictures: Any
+    pictures: list[Picture]
     patches: list[Patches]
     embedding: Tensor
     others: dict[str, Tensor]
@@ -47,23 +46,40 @@ class Embedded:
 @torch.no_grad()
 def embed_some(module: Any, batches: Any, limit: int) -> Embedded:
     """Embeds the first `limit` images of an evaluation set, with its other views."""
-    pictures: list[Any] = []
     patches: list[Patches] = []
     rows: list[dict[str, Any]] = []
     for index in range(len(batches)):
+        if len(patches) >= limit:
+            break
         batch = batches[index].to(module.device)
         images: Patches = batch.views["image"]
-        if images.grid is None or sum(len(p) for p in pictures) >= limit:
-            break
         ids = {f"ids/{name}": view for name, view in batch.views.items() if _is_text(view)}
         rows.append({**module.embed(batch), **ids, "real": batch.real})
-        pictures.append(unpatchify(images.patches.cpu(), images.grid).permute(0, 2, 3, 1).numpy())
         patches += [images.images(torch.tensor([i], device=module.device)) for i in range(batch.size)]
     kept = torch.cat([r["real"] for r in rows])[:limit].cpu()
     joined = {k: torch.cat([r[k] for r in rows])[:limit].cpu()[kept] for k in rows[0] if k != "real"}
-    chosen = kept.nonzero().flatten().tolist()
+    chosen = [patches[i] for i in kept.nonzero().flatten().tolist()]
     ids = {name.removeprefix("ids/"): joined.pop(name) for name in list(joined) if name.startswith("ids/")}
-    return Embedded(np.concatenate(pictures)[chosen], [patches[i] for i in chosen], joined.pop("image"), joined, ids)
+    return Embedded([picture_of(image) for image in chosen], chosen, joined.pop("image"), joined, ids)
+
+
+def picture_of(image: Patches) -> Picture:
+    """Returns the pixels of one image [1, N, P] without its padding, uint8 [H, W, 3]."""
+    return unpatchify(_present(image, image.patches), grid_of(image)).permute(1, 2, 0).cpu().numpy()
+
+
+def grid_of(image: Patches) -> tuple[int, int]:
+    """Returns (rows, columns) of one image [1, N, P], whether all share a grid or each has its own."""
+    if image.grid is not None:
+        return image.grid
+    assert image.sizes is not None
+    rows, columns = image.sizes[0, 0].tolist()
+    return rows, columns
+
+
+def _present(image: Patches, values_1N: Tensor) -> Tensor:
+    """Returns what values [1, N, ...] say of the patches of one image, its padding left out: [rows * columns, ...]."""
+    return values_1N[0] if image.valid is None else values_1N[0, image.valid[0]]
 
 
 def _is_text(view: Any) -> bool:
@@ -119,10 +135,10 @@ def box_examples(module: Any, grounder: Grounder, batches: Any, languages: Seque
     """Returns texts with their true box and the one that the decoder writes, the languages in turn."""
     found = embed_some(module, batches, POOL_TO_DECODE)
     examples = []
-    for row, language, tokens_1ND in decoded_rows(module, found, languages):
+    for row, language, image in decoded_rows(module, found, languages):
         text_view, box_view = region_names(language)
         text = module.tokenizer.decode(found.ids[text_view][row])
-        box = grounder.locate(tokens_1ND, [text], module.tokenizer, language=language or "")[0]
+        box = grounder.locate(image.tokens, [text], module.tokenizer, language=language or "", valid=image.valid)[0]
         examples.append(
             BoxExample(
                 found.pictures[row],
@@ -142,8 +158,8 @@ def caption_examples(
     """Returns pictures with the caption that the decoder writes beside a true one, the languages in turn."""
     found = embed_some(module, batches, POOL_TO_DECODE)
     examples = []
-    for row, language, tokens_1ND in decoded_rows(module, found, languages):
-        (written,) = grounder.caption(tokens_1ND, module.tokenizer, language=language or "")
+    for row, language, image in decoded_rows(module, found, languages):
+        (written,) = grounder.caption(image.tokens, module.tokenizer, language=language or "", valid=image.valid)
         truth = module.tokenizer.decode(found.ids[caption_name(language)][row])
         examples.append(CaptionExample(found.pictures[row], written, truth, language or ""))
     return examples
@@ -151,10 +167,10 @@ def caption_examples(
 
 def decoded_rows(
     module: Any, found: Embedded, languages: Sequence[str | None]
-) -> Iterator[tuple[int, str | None, Tensor]]:
-    """Yields number, language and image tokens [1, N, D] of the pictures to write about."""
+) -> Iterator[tuple[int, str | None, ImageFeatures]]:
+    """Yields number, language and features (tokens [1, N, D]) of the pictures to write about."""
     for turn, row in enumerate(spread(len(found.pictures))):
-        yield row, languages[turn % len(languages)], module.model.encode_image(found.patches[row]).tokens
+        yield row, languages[turn % len(languages)], module.model.encode_image(found.patches[row])
 
 
 def spread(total: int) -> list[int]:
@@ -175,10 +191,9 @@ def patch_similarity(vision: VisionTower, image: Patches, vector_E: Tensor) -> T
 
     Args:
         vision: the vision tower.
-        image: patches [1, N, P] of a full grid.
+        image: patches [1, N, P] of one whole picture; padding is left out.
         vector_E: unit-norm text embedding.
     """
-    assert image.grid is not None
-    tokens = vision(image).tokens[0]  # [N, D]
-    alone = vision.pool(tokens[:, None])  # [N, 1, D] -> [N, D]
-    return (unit_norm(alone) @ vector_E.float()).reshape(image.grid)
+    tokens = _present(image, vision(image).tokens)  # [1, N, D] -> [rows * columns, D]
+    alone = vision.pool(tokens[:, None])  # [rows * columns, 1, D] -> [rows * columns, D]
+    return (unit_norm(alone) @ vector_E.float()).reshape(grid_of(image))

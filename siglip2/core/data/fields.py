@@ -133,9 +133,11 @@ class Fields:
         label: class number or name.
         regions: boxes and their texts.
         extra: further fields, name -> spec in the same grammar.
+        max_pixels: a picture with more pixels, width x height by its header, makes a sample unusable; null: 89478485,
+            and at most twice that. It guards memory: decoding takes three bytes per pixel.
 
     Raises:
-        ValueError: if a spec is malformed, or an extra field repeats one of the names above.
+        ValueError: if a spec is malformed, an extra field repeats one of the names above, or max_pixels is below 1.
     """
 
     image: str = "jpg;jpeg;png;webp"
@@ -143,6 +145,7 @@ class Fields:
     label: str = "cls|json.label"
     regions: str = "json.regions"
     extra: dict[str, str] = field(default_factory=dict, hash=False)
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         own = {f.name for f in dataclass_fields(self)}
@@ -150,6 +153,10 @@ class Fields:
             alternatives(self.spec(name), name)
         if clash := sorted(own & set(self.extra)):
             raise ValueError(f"extra field {clash[0]!r} repeats a field's name; set data.fields.{clash[0]} itself")
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise ValueError(
+                f"max_pixels is {self.max_pixels}, expected a number of pixels, or null for the usual limit"
+            )
 
     def names(self) -> list[str]:
         """Every field, the extra ones last."""
@@ -221,15 +228,14 @@ class Sample:
     def image(self) -> "Tensor":
         """The picture, uint8 RGB [3, H, W], decoded once and kept; BadSample if missing or broken."""
         if self._image is None:
-            from siglip2.core.data.image_io import (
-                decode_image,
-            )  # torchvision: only where pictures are decoded
+            # torchvision: only where pictures are decoded
+            from siglip2.core.data.image_io import MAX_PIXELS, decode_image
 
             value = self.get("image")
             if not isinstance(value, bytes | bytearray):
                 raise self.bad(f"the image is {type(value).__name__}, expected the bytes of an image file")
             try:
-                self._image = decode_image(bytes(value))
+                self._image = decode_image(bytes(value), max_pixels=self.fields.max_pixels or MAX_PIXELS)
             except ValueError as error:
                 raise self.bad(str(error)) from None
         return self._image

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as torchvision_decode
 
-MAX_PIXELS = 89_478_485  # PIL's own line between a large picture and a decompression bomb
+MAX_PIXELS = 89_478_485  # where PIL begins to warn of decompression bombs; it refuses from twice as many on
 # What torchvision decodes to the pixels that PIL gives; the rest (CMYK, 16 bit, palettes, GIF) goes to PIL.
 FAST = {
     "JPEG": ("RGB", "L"),
@@ -29,7 +29,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
     Args:
         data: a whole image file: JPEG, PNG, WebP, or anything PIL reads (the first frame of a GIF).
-        max_pixels: largest width x height to decode; checked on the header, before any memory is taken.
+        max_pixels: largest width x height to decode; checked on the header, before any memory is taken. PIL's own
+            limit, twice the default, is not lifted.
 
     Returns:
         uint8 RGB, [3, H, W], channels last in memory, which is what decoders write and resizing likes best.
@@ -54,7 +55,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))  # reads the header only
     except Image.DecompressionBombError:
-        raise ValueError(f"the image is over the limit of {max_pixels} pixels") from None
+        raise ValueError(f"the image is over the limit of {min(max_pixels, 2 * MAX_PIXELS)} pixels") from None
     except Exception:  # see above
         raise ValueError(f"not an image file, or its header is broken (it starts with {data[:8]!r})") from None
     if image.width * image.height > max_pixels:
