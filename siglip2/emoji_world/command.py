@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind = _codes if field.name == "languages" else type(field.default)
         shown = ",".join(WorldOptions.languages) if field.name == "languages" else field.default
         metavar = {int: "N", float: "SHARE"}.get(type(field.default), "CODES")
+        metavar = "RATIO" if field.name.endswith("_aspect") else metavar
         text = f"{described[field.name]} (default: {shown})".replace("%", "%%")
         parser.add_argument(f"--{flag}", dest=field.name, type=kind, default=field.default, metavar=metavar, help=text)
 

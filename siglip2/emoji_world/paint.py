@@ -12,7 +12,9 @@ from PIL import Image
 
 from siglip2.emoji_world.catalogue import Emoji, sprite
 
-BASE = 0.52  # long side of an emoji at distance 1, as a share of sqrt(H * W); even turned it fits into 1:2. ours
+BASE = 0.52  # long side of an emoji at distance 1, as a share of the picture's `reach`. ours
+# short sides in a reach at most: above the sqrt(2) of 1:2, and an emoji turned by MAX_TURN still fits. ours
+MAX_REACH = 1.45
 MAX_TURN = 22.0  # degrees; more would turn an arrow or a digit into another. ours
 MIN_VISIBLE = 0.35  # what is occluded more than this is left out of the picture and of the captions. ours
 # hues in degrees; between the two ranges lie greens and purples that nobody would call either warm or cool
@@ -38,6 +40,11 @@ class Stamp:
         return slice(self.y, self.y + h), slice(self.x, self.x + w)
 
 
+def reach(width: int, height: int) -> float:
+    """The length in pixels that sizes follow: sqrt(H * W), but no more than fits into the short side."""
+    return min(math.sqrt(width * height), MAX_REACH * min(width, height))
+
+
 @lru_cache(maxsize=4096)
 def _picture(emoji_id: str) -> Image.Image:
     return Image.fromarray(sprite(emoji_id))
@@ -46,7 +53,7 @@ def _picture(emoji_id: str) -> Image.Image:
 def make_stamp(rng: np.random.Generator, emoji: Emoji, z: float, size: tuple[int, int]) -> Stamp:
     """Scale the sprite for its distance in a picture of `size` (W, H), turn it a little and jitter its colours."""
     picture = _picture(emoji.id)
-    scale = BASE * math.sqrt(size[0] * size[1]) / z / max(picture.size)
+    scale = BASE * reach(*size) / z / max(picture.size)
     resized = picture.resize([max(2, round(side * scale)) for side in picture.size], Image.Resampling.BILINEAR)
     turned = resized.rotate(rng.uniform(-MAX_TURN, MAX_TURN), Image.Resampling.BILINEAR, expand=True)
     turned = turned.crop(turned.getchannel("A").getbbox())

@@ -8,6 +8,7 @@ from siglip2.emoji_world.catalogue import check_languages
 
 # English first, then scripts and families that differ. ours
 DEFAULT_LANGUAGES = ("en", "de", "es", "fr", "ru", "ar", "hi", "zh", "ja", "sw")
+SHORTEST = 16  # pixels of a short side at least: the furthest emoji of a scene is then 5 pixels large. ours
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class WorldOptions:
         wrong_captions: share of the training samples that carry the captions of another one, in [0, 1].
         duplicates: share of the training samples that repeat an earlier one, in [0, 1].
         bias: planted association of warm or cool backgrounds with groups of emoji in training, in [0, 1].
+        scene_aspect: pictures of several emoji are wide or tall: the largest ratio of the long to the short side,
+            log-uniform from 1. Emoji keep to the short side, so raise the size with it.
+        single_aspect: the same for pictures of one large emoji; 1 is a square.
     """
 
     scenes: int = 8000
@@ -41,6 +45,8 @@ class WorldOptions:
     wrong_captions: float = 0.0
     duplicates: float = 0.0
     bias: float = 0.0
+    scene_aspect: float = 2.0
+    single_aspect: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the option, its value and the expected range."""
@@ -53,6 +59,9 @@ class WorldOptions:
         for name in ("wrong_captions", "duplicates", "bias"):
             value = getattr(self, name)
             _check(name, value, 0 <= value <= 1, "a share in [0, 1]")  # false for nan, too
+        for name in ("scene_aspect", "single_aspect"):
+            value, most = getattr(self, name), self.size / SHORTEST
+            _check(name, value, 1 <= value <= most, f"1 to {most:g}, a short side of {SHORTEST} pixels or more")
         if self.wrong_captions + self.duplicates > 1:
             raise ValueError(
                 f"wrong_captions={self.wrong_captions} and duplicates={self.duplicates} add up to more than 1; a sample"

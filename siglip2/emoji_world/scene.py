@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from siglip2.emoji_world.catalogue import Emoji
-from siglip2.emoji_world.paint import arrange, background, make_stamp, paint
+from siglip2.emoji_world.paint import arrange, background, make_stamp, paint, reach
 from siglip2.emoji_world.phrases import listing, relation
 
 KINDS = ("single", "scene")
@@ -31,11 +31,15 @@ class SceneOptions:
         size: long side of the picture in pixels.
         bias: in [0, 1], how strongly the background tells the group of the first emoji: WARM_GROUPS get a warm
             background with probability (1 + bias) / 2, the other groups with (1 - bias) / 2.
+        scene_aspect: scenes are up to so many times as wide as high, or as high as wide; at least 1.
+        single_aspect: the same for singles.
     """
 
     languages: tuple[str, ...] = ("en",)
     size: int = 96
     bias: float = 0.0
+    scene_aspect: float = 2.0
+    single_aspect: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +49,7 @@ class Region:
     Args:
         emoji: which one.
         box: (xmin, ymin, xmax, ymax) around its visible pixels, each a share of width or height in [0, 1].
-        z: distance; the unturned long side is BASE * sqrt(H * W) / z pixels.
+        z: distance; the unturned long side is BASE * reach(W, H) / z pixels.
         visible: share of its pixels that nothing nearer covers, in (0, 1].
     """
 
@@ -86,10 +90,10 @@ def compose(
     Args:
         pool: emoji to draw from. Over `len(pool)` successive singles each one occurs exactly once.
         index: from 0.
-        kind: "single", one large emoji on a square, or "scene", one to five at several distances, 1:2 to 2:1.
+        kind: "single", one large emoji, or "scene", one to five at several distances.
         seed: of the whole world.
         split: any word; splits with different names share no random numbers.
-        options: languages, size, bias.
+        options: languages, size, bias, aspect ratios.
 
     Raises:
         ValueError: if the kind is unknown or the pool is empty.
@@ -99,11 +103,13 @@ def compose(
     stream = (seed, zlib.crc32(split.encode()), KINDS.index(kind))
     rng = np.random.Generator(np.random.PCG64((*stream, index)))
     if kind == "single":
-        width = height = options.size
-        # a range below 1: singles are nearer, so larger, than anything in a scene
-        cast = [(pool[_turn(len(pool), index, stream)], float(rng.uniform(0.56, 0.95)))]
+        width, height = _aspect(rng, options.size, options.single_aspect)
+        # a range below 1: in a square, singles are nearer, so larger, than anything in a scene; in a wide or tall
+        # picture they are as large beside its short side
+        nearness = reach(width, height) / min(width, height)
+        cast = [(pool[_turn(len(pool), index, stream)], nearness * float(rng.uniform(0.56, 0.95)))]
     else:
-        width, height = _aspect(rng, options.size)
+        width, height = _aspect(rng, options.size, options.scene_aspect)
         cast = _cast(rng, pool)
     temperature = _temperature(rng, cast[0][0].group, options.bias)
     stamps, mask = arrange(rng, [make_stamp(rng, emoji, z, (width, height)) for emoji, z in cast], width, height)
@@ -132,9 +138,9 @@ def _cast(rng: np.random.Generator, pool: Sequence[Emoji]) -> list[tuple[Emoji, 
     return [(pool[i], z) for i, z in zip(rng.choice(len(pool), count, replace=False), distances, strict=True)]
 
 
-def _aspect(rng: np.random.Generator, size: int) -> tuple[int, int]:
-    """Width and height, log-uniform between 1:2 and 2:1, the longer one `size`."""
-    ratio = 2.0 ** rng.uniform(-1.0, 1.0)
+def _aspect(rng: np.random.Generator, size: int, most: float) -> tuple[int, int]:
+    """Width and height, log-uniform between 1:most and most:1, the longer one `size`; a square draws nothing."""
+    ratio = most ** rng.uniform(-1.0, 1.0) if most > 1 else 1.0
     return (size, round(size / ratio)) if ratio > 1 else (round(size * ratio), size)
 
 

@@ -19,6 +19,8 @@ from siglip2.emoji_world.scene import Scene, SceneOptions, compose
 from siglip2.emoji_world.shards import describe, encode, write_shards
 
 FORMAT = 1  # raise it when the same options come to mean other bytes
+# options that worlds of this format did not always name, and what they were then
+ADDED = {"scene_aspect": 2.0, "single_aspect": 1.0}
 SPLITS = ("train", "val-single", "val-scene", "unseen")
 README = """# An emoji world
 
@@ -27,7 +29,7 @@ The options and the numbers of samples are in `world.json`.
 
 | path | what |
 |---|---|
-| `train/*.tar` | singles (one large emoji on a square) and scenes (one to five emoji, 1:2 to 2:1), mixed |
+| `train/*.tar` | singles (one large emoji) and scenes (one to five emoji), mixed; how wide or tall is in `world.json` |
 | `val-single/`, `val-scene/` | new pictures of the same emoji, without planted noise |
 | `unseen/` | singles of emoji that never occur in training |
 | `classes.json`, `unseen-classes.json` | the emoji in label order, with names by language |
@@ -37,8 +39,8 @@ A sample is `KEY.jpg`, `KEY.json` and `KEY.mask.png` (uint8; 0 background, k the
 - `kind` ("single" or "scene"), `captions` by language, `emoji` (ids), `width` and `height` in pixels;
 - `label`, an index into the classes (singles only);
 - `regions`, nearest first, each with `box` ([xmin, ymin, xmax, ymax] of the visible part, shares of width and height),
-  `captions`, `label`, `emoji`, distance `z` (the unturned long side is BASE * sqrt(width * height) / z pixels, with
-  BASE = 0.52) and `visible`, the share of its pixels that nothing nearer covers;
+  `captions`, `label`, `emoji`, distance `z` (the unturned long side is 0.52 / z times the smaller of
+  sqrt(width * height) and 1.45 short sides) and `visible`, the share of its pixels that nothing nearer covers;
 - `relation`, what the captions claim about two emoji: "left", "above" or "";
 - `attributes.background`, "warm" or "cool"; with a bias it depends on the group of the nearest emoji, in training only;
 - `wrong_caption`: true where noise was planted, with `caption_of`, the sample that the captions belong to (label and
@@ -70,6 +72,8 @@ def write_emoji_world(
     wrong_captions: float = WorldOptions.wrong_captions,
     duplicates: float = WorldOptions.duplicates,
     bias: float = WorldOptions.bias,
+    scene_aspect: float = WorldOptions.scene_aspect,
+    single_aspect: float = WorldOptions.single_aspect,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict:
@@ -100,6 +104,8 @@ def write_emoji_world(
         wrong_captions=wrong_captions,
         duplicates=duplicates,
         bias=bias,
+        scene_aspect=scene_aspect,
+        single_aspect=single_aspect,
     )
     return write_world(Path(out), options, overwrite=overwrite, progress=progress)
 
@@ -140,13 +146,13 @@ def _existing(out: Path, options: WorldOptions, overwrite: bool) -> dict | None:
         raise ValueError(f"{out} is a file; expected a folder to write shards into, so choose another")
     world = out / "world.json"
     found = json.loads(world.read_text(encoding="utf-8")) if world.exists() else None
-    if found and (found.get("format"), found.get("options")) == (FORMAT, _plain(options)):
+    if found and found.get("format") == FORMAT and ADDED | found.get("options", {}) == _plain(options):
         return found
     if overwrite or not out.exists() or not any(out.iterdir()):
         return None
     what = "files but no finished world"
     if found:
-        old, new = found.get("options", {}), _plain(options)
+        old, new = ADDED | found.get("options", {}), _plain(options)
         differing = [f"{name}={old.get(name)} (asked for: {new[name]})" for name in new if old.get(name) != new[name]]
         what = f"a world with {', '.join(differing) or 'an older format'}"
     raise ValueError(f"{out} holds {what}; choose another folder, or pass overwrite (--overwrite) to replace it")
@@ -183,7 +189,7 @@ def _key(split: str, position: int) -> str:
 def _held_out(pool: Sequence[Emoji], split: str, count: int, options: WorldOptions) -> Iterator[Sample]:
     """Samples of a split for evaluation, without planted noise or bias."""
     kind = "scene" if split == "val-scene" else "single"
-    look, labels = SceneOptions(options.languages, options.size), _labels(pool)
+    look, labels = _look(options, bias=0.0), _labels(pool)
     for index in range(count):
         scene = compose(pool, index, kind=kind, seed=options.seed, split=split, options=look)
         yield _key(split, index), encode(scene, describe(scene, labels))
@@ -205,8 +211,12 @@ def _train(pool: Sequence[Emoji], plan: TrainPlan) -> Iterator[Sample]:
 
 def _compose(pool: Sequence[Emoji], plan: TrainPlan, position: int) -> Scene:
     kind, index = plan.draw(plan.duplicates.get(position, position))
-    look = SceneOptions(plan.options.languages, plan.options.size, plan.options.bias)
+    look = _look(plan.options, bias=plan.options.bias)
     return compose(pool, index, kind=kind, seed=plan.options.seed, split="train", options=look)
+
+
+def _look(options: WorldOptions, *, bias: float) -> SceneOptions:
+    return SceneOptions(options.languages, options.size, bias, options.scene_aspect, options.single_aspect)
 
 
 def _other_captions(pool: Sequence[Emoji], plan: TrainPlan, position: int, scene: Scene) -> tuple[int, dict[str, str]]:

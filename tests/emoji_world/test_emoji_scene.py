@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from siglip2.emoji_world.catalogue import load_catalogue, select
-from siglip2.emoji_world.paint import BASE, MIN_VISIBLE
+from siglip2.emoji_world.paint import MIN_VISIBLE
 from siglip2.emoji_world.scene import KINDS, WARM_GROUPS, SceneOptions, compose
 
 LANGUAGES = ("en", "de", "ar", "ja")
 OPTIONS = SceneOptions(languages=LANGUAGES)
+WIDE = SceneOptions(size=128, scene_aspect=4.0, single_aspect=4.0)
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +20,26 @@ def pool():
 @pytest.fixture(scope="module")
 def scenes(pool):
     return [compose(pool, index, kind="scene", seed=3, split="train", options=OPTIONS) for index in range(150)]
+
+
+@pytest.fixture(scope="module")
+def wide(pool):
+    return {
+        kind: [compose(pool, index, kind=kind, seed=3, split="train", options=WIDE) for index in range(200)]
+        for kind in KINDS
+    }
+
+
+def extent(scene, region) -> float:
+    """Long side of a region's box in pixels."""
+    height, width = scene.instance_mask.shape
+    return max((region.box[2] - region.box[0]) * width, (region.box[3] - region.box[1]) * height)
+
+
+def long_side(scene, region) -> float:
+    """Pixels of the emoji's long side before it is turned, as the README of a world gives it."""
+    height, width = scene.instance_mask.shape
+    return 0.52 / region.z * min((width * height) ** 0.5, 1.45 * min(width, height))
 
 
 def same(first, second) -> bool:
@@ -50,8 +71,8 @@ def test_languages_change_the_captions_and_nothing_else(pool):
     assert set(four.captions) == set(LANGUAGES)
 
 
-def test_boxes_are_the_extent_of_the_masks(scenes):
-    for scene in scenes:
+def test_boxes_are_the_extent_of_the_masks(scenes, wide):
+    for scene in [*scenes, *wide["scene"], *wide["single"]]:
         height, width = scene.instance_mask.shape
         assert scene.image.shape == (height, width, 3)
         assert set(np.unique(scene.instance_mask)) <= set(range(len(scene.regions) + 1))
@@ -61,16 +82,16 @@ def test_boxes_are_the_extent_of_the_masks(scenes):
             assert region.box == pytest.approx(edges / (width, height, width, height))
 
 
-def test_regions_are_nearest_first_visible_and_of_the_size_their_distance_says(scenes):
-    for scene in scenes:
+def test_regions_are_nearest_first_visible_and_of_the_size_their_distance_says(scenes, wide):
+    for scene in [*scenes, *wide["scene"]]:
         distances = [region.z for region in scene.regions]
         assert distances == sorted(distances)
         assert 1 <= len(distances) <= 5
-        height, width = scene.instance_mask.shape
         for region in scene.regions:
             assert MIN_VISIBLE <= region.visible <= 1
-            extent = max((region.box[2] - region.box[0]) * width, (region.box[3] - region.box[1]) * height)
-            assert extent <= 1.45 * BASE * (width * height) ** 0.5 / region.z + 2  # turned by at most 22 degrees
+            assert extent(scene, region) <= 1.45 * long_side(scene, region) + 2  # turned by at most 22 degrees
+            if region.visible == 1:
+                assert extent(scene, region) >= 0.75 * long_side(scene, region) - 3  # faint edges are not in the box
     assert any(region.visible < 0.95 for scene in scenes for region in scene.regions)
 
 
@@ -81,6 +102,43 @@ def test_aspect_ratios_vary_between_one_to_two_and_two_to_one(scenes):
     assert (ratios < 0.7).any()
     assert (ratios > 1.4).any()
     assert all(max(scene.image.shape[:2]) == 96 for scene in scenes)
+
+
+def test_wide_worlds_are_log_uniformly_wide_and_tall(wide):
+    for pictures in wide.values():
+        octaves = np.log2([scene.image.shape[1] / scene.image.shape[0] for scene in pictures])
+        assert all(max(scene.image.shape[:2]) == 128 for scene in pictures)
+        assert octaves.min() >= -2.05
+        assert octaves.max() <= 2.05
+        # a quarter of 200 in each quarter of the range, within about three standard deviations
+        assert np.histogram(octaves, bins=(-2.1, -1, 0, 1, 2.1))[0] == pytest.approx(50, abs=20)
+
+
+def test_emoji_in_wide_pictures_are_readable_beside_the_short_side(wide):
+    for scene in wide["scene"]:
+        # the nearest has up to 0.52 of a square and 0.75 of the short side of a strip
+        assert 0.25 <= extent(scene, scene.regions[0]) / min(scene.image.shape[:2]) <= 1
+    for scene in wide["single"]:
+        assert scene.regions[0].visible == 1
+        assert 0.4 <= extent(scene, scene.regions[0]) / min(scene.image.shape[:2]) <= 1
+
+
+def test_a_single_lies_anywhere_along_a_wide_picture(wide):
+    strips = [scene for scene in wide["single"] if scene.image.shape[1] > 3 * scene.image.shape[0]]
+    centres = [(scene.regions[0].box[0] + scene.regions[0].box[2]) / 2 for scene in strips]
+    assert min(centres) < 0.25
+    assert max(centres) > 0.75
+
+
+def test_default_pictures_are_those_of_worlds_without_aspect_options(pool):
+    # what was drawn at commit 916c54f, before there were such options
+    scene, single = (compose(pool, 0, kind=kind, seed=3, split="train") for kind in ("scene", "single"))
+    drawn = {"1f3f5": 1.4692, "1f397": 1.6264, "1f98b": 2.017, "1f33d": 2.1132}
+    assert scene.image.shape == (65, 96, 3)
+    assert {region.emoji.id: round(region.z, 4) for region in scene.regions} == drawn
+    assert scene.captions["en"] == "rosette, reminder ribbon, butterfly and ear of corn"
+    assert single.image.shape == (96, 96, 3)
+    assert {region.emoji.id: round(region.z, 4) for region in single.regions} == {"1f397": 0.8799}
 
 
 def test_claimed_relations_are_true_of_the_boxes(scenes):
@@ -103,9 +161,10 @@ def test_every_caption_names_every_region(scenes):
 @pytest.mark.parametrize("name", ["crutch", "chopsticks", "magic wand", "shopping cart", "dotted line face"])
 def test_thin_emoji_survive_the_smallest_pictures(name):
     thin = next(emoji for emoji in load_catalogue() if emoji.names["en"] == name)
-    for index in range(40):
-        scene = compose([thin], index, kind="scene", seed=0, split="train", options=SceneOptions(size=32))
-        assert len(scene.regions) == 1
+    for options in (SceneOptions(size=32), SceneOptions(size=128, scene_aspect=8.0)):
+        for index in range(40):
+            scene = compose([thin], index, kind="scene", seed=0, split="train", options=options)
+            assert len(scene.regions) == 1
 
 
 def test_successive_singles_show_every_emoji_once(pool):

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -153,6 +154,8 @@ def test_all_noise_at_once_leaves_the_first_sample_to_copy_from():
         ({"scenes": 0, "singles": 0}, "at least one training sample"),
         ({"size": 8}, "found size=8; expected 32 to 512 pixels"),
         ({"bias": 1.5}, "found bias=1.5; expected a share in"),
+        ({"scene_aspect": 0.5}, "found scene_aspect=0.5; expected 1 to 6, a short side of 16 pixels or more"),
+        ({"size": 64, "single_aspect": 4.1}, "found single_aspect=4.1; expected 1 to 4"),
         ({"duplicates": float("nan")}, "found duplicates=nan"),
         ({"wrong_captions": 0.6, "duplicates": 0.6}, "add up to more than 1"),
         ({"languages": ("en", "klingon")}, "found languages .*klingon"),
@@ -164,6 +167,29 @@ def test_bad_options_are_errors_before_anything_is_written(tmp_path, changes, me
     with pytest.raises(ValueError, match=message):
         write(tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_world_from_before_an_option_is_still_up_to_date(world, tmp_path):
+    out = tmp_path / "old"
+    shutil.copytree(world, out)
+    summary = json.loads((out / "world.json").read_text())
+    del summary["options"]["scene_aspect"], summary["options"]["single_aspect"]
+    (out / "world.json").write_text(json.dumps(summary))
+    before = files(out)
+    assert write(out)["up_to_date"]
+    with pytest.raises(ValueError, match=r"a world with scene_aspect=2.0 \(asked for: 3.0\);"):
+        write(out, scene_aspect=3.0)
+    assert files(out) == before
+
+
+def test_aspect_options_shape_training_and_evaluation_alike(tmp_path):
+    write(tmp_path / "wide", scene_aspect=4.0, single_aspect=3.0)
+    most = {"scene": 4.0, "single": 3.0}
+    for split in SPLITS:
+        records = [sample["json"] for sample in samples(tmp_path / "wide" / split).values()]
+        for kind in {record["kind"] for record in records}:
+            sides = [(record["width"], record["height"]) for record in records if record["kind"] == kind]
+            assert most[kind] * 0.7 < max(max(side) / min(side) for side in sides) <= most[kind] * 1.05
 
 
 def test_progress_counts_every_sample(tmp_path):
@@ -181,8 +207,10 @@ def parse(*arguments: object) -> argparse.Namespace:
 
 def test_command_writes_once_refuses_another_world_and_replaces_it_when_told(tmp_path, capsys):
     tiny = ("--out", tmp_path / "w", "--scenes", 4, "--singles", 4, "--val", 2, "--emoji", 12, "--unseen", 2)
-    arguments = (*tiny, "--languages", "en,de")
-    assert not run(parse(*arguments))["up_to_date"]
+    arguments = (*tiny, "--languages", "en,de", "--single-aspect", 1.5)
+    first = run(parse(*arguments))
+    assert not first["up_to_date"]
+    assert first["options"]["single_aspect"] == 1.5
     before = files(tmp_path / "w")
     assert run(parse(*arguments))["up_to_date"]
     assert "up to date" in capsys.readouterr().out
@@ -206,3 +234,4 @@ def test_every_option_has_a_help_text():
     add_arguments(parser)
     assert all(action.help and "None" not in action.help for action in parser._actions)
     assert "--emoji N" in parser.format_help()
+    assert "--scene-aspect RATIO" in parser.format_help()
