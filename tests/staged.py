@@ -23,12 +23,14 @@ class Diary(Callback):
         self.calls = []
         plugins = pl_module.plugins
         networks = {"student": pl_module.model.vision, "text": pl_module.model.text}
-        networks |= {"decoder": plugins["locca"].decoder, **{n: p for n, p in plugins.items() if n == "ema_teacher"}}
+        networks |= {"decoder": plugins["locca"].decoder} if "locca" in plugins else {}
+        networks |= {n: p for n, p in plugins.items() if n == "ema_teacher"}
         for name, network in networks.items():
             network.register_forward_hook(lambda *_, name=name: self.calls.append(name))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.calls.clear()
+        self.before = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         networks = ("student", "text", "ema_teacher", "decoder")
@@ -36,6 +38,7 @@ class Diary(Callback):
             "views": batch.views,
             "calls": {name: self.calls.count(name) for name in networks},
             "loss": outputs["loss"].item(),
+            "before": self.before,
             "warm": [name for name, p in pl_module.named_parameters() if p.grad is not None],
             "state": {name: tensor.clone() for name, tensor in pl_module.state_dict().items()},
         }

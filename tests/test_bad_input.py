@@ -54,7 +54,7 @@ def rewrite(path, change):
 
 def test_unknown_plugin_suggests_the_right_name(failed, tiny_recipe):
     message = failed("fit", *tiny_recipe, "--plugins.sigmod.weight", "2")
-    assert "no plugin called 'sigmod', did you mean 'sigmoid'? Installed: ema_teacher, fixed, locca, sigmoid" in message
+    assert "no plugin called 'sigmod', did you mean 'sigmoid'? Installed: ema_teacher, fixed, locca, naflex" in message
 
 
 def test_unknown_plugin_option_lists_the_options(failed, tiny_recipe):
@@ -185,7 +185,7 @@ def test_checkpoint_of_another_size_lists_the_differences(failed, tiny_recipe, t
 def test_checkpoint_with_another_text_contract_is_refused(failed, tiny_recipe, tmp_path):
     main(["fit", *tiny_recipe])
     message = failed("fit", *tiny_recipe, "--data.text.canonicalize", "true", "--ckpt_path", tmp_path / "step=5.ckpt")
-    assert "the checkpoint was trained with another input contract" in message
+    assert "the checkpoint was trained with another text contract" in message
     assert "canonicalize" in message
 
 

@@ -1,6 +1,7 @@
 """Recipes are found by name or path, laid over one another, and every shipped one is sound."""
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import yaml
 from siglip2.core.model.sizes import ShapeOptions
 from siglip2.core.rehearsal import rehearse as rehearse_phases
 from siglip2.core.schedules import Schedule
+from siglip2.core.warm_start import Surgery, fit_state
 from siglip2.plugins.locca import Prefixes
 from siglip2.recipes import expand_arguments, find_recipe, load_recipe, recipes_folder, shipped
-from siglip2.registry import catalogue, read_plugins
+from siglip2.registry import catalogue, overlay, read_plugins
 from siglip2.testing import TinyModule, tiny_tokenizer
 
 
@@ -181,6 +183,54 @@ def test_overlay_turns_losses_off_in_every_recipe(overlay, left):
     for name in WHOLE:
         _, order = expand_arguments(["--config", name, "--config", f"losses/{overlay}"])
         assert order == left
+
+
+STAGES = {  # base, rows of patches, kernel resized, share at which it branches, times the steps that were left
+    "p16-224": ("siglip2-b16-256", 14, False, 0.95, 1),
+    "p16-256": ("siglip2-g-opt16-256", 16, False, 0.95, 1),
+    "p16-384": ("siglip2-l16-256", 24, False, 0.95, 1),
+    "p16-512": ("siglip2-so400m16-256", 32, False, 0.95, 1),
+    "so400m14-224": ("siglip2-so400m16-256", 16, True, 0.95, 1),
+    "so400m14-384": ("siglip2-so400m16-256", 27, True, 0.95, 1),
+    "b32-256": ("siglip2-b16-256", 8, True, 0.95, 1),
+    "naflex": ("siglip2-b16-256", 16, False, 0.9, 3.75 * 6 / 5),  # 6 batches with the examples of 5
+}
+
+
+def narrow(options, size):
+    """The module of a recipe's plugins with two narrow layers."""
+    plugins = [catalogue()[n].cls(**typed(n, given)) for n, given in options.items()]
+    shapes = {"vision": ShapeOptions(**NARROW), "text": ShapeOptions(**NARROW)}
+    return TinyModule(plugins, tiny_tokenizer(64), size=size, **shapes)
+
+
+def test_every_stage_is_tested():
+    assert {f"stage/{name}" for name in STAGES} == {name for name in shipped() if name.startswith("stage/")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_takes_over_its_base_cut_to_size(stage):
+    base, rows, kernel, share, times = STAGES[stage]
+    recipe, over = load_recipe(base), load_recipe(f"stage/{stage}")
+    options = read_plugins(recipe["plugins"])
+    size = over.get("model", {}).get("size", recipe["model"]["size"])
+    before = narrow(options, recipe["model"]["size"])
+    after = narrow(overlay(options, read_plugins(over["plugins"])), size)
+    assert after.patchifier.grid == (rows, rows)
+    fitted = fit_state(before.state_dict(), after, Surgery())
+    expected = [name for name, resized in (("pos_embed", rows != 16), ("embed.weight", kernel)) if resized]
+    towers = ["model.vision", "plugins.ema_teacher.vision"] if "ema_teacher" in after.plugins else ["model.vision"]
+    assert sorted(fitted.resized) == sorted(f"{tower}.{name}" for tower in towers for name in expected)
+    assert not fitted.fresh
+    total = recipe["trainer"]["max_steps"]
+    assert over["trainer"]["max_steps"] == round((total - math.ceil(share * total)) * times)
+
+
+def test_naflex_stage_halves_the_batch_of_the_longest_sequence_and_doubles_its_steps():
+    (_, options), *_ = [item for item in read_plugins(load_recipe("stage/naflex")["plugins"]).items() if item[1]]
+    patchifier = catalogue()["naflex"].cls(**options).patchifier()
+    round_of_six = sorted((layout.seq_len, layout.batch_size) for layout in map(patchifier.layout, range(6)))
+    assert round_of_six == [(n, 32768) for n in (128, 256, 576, 784)] + [(1024, 16384)] * 2
 
 
 def test_folder_of_recipes_is_described():

@@ -72,20 +72,22 @@ class CropView:
         name: the key under which the step finds it.
         copies: crops per sample, C.
         scale: smallest and largest share of the picture's area; (1, 1) takes the whole picture.
-        size: side of a crop in pixels; None for the full grid of the recipe's patchifier. Pixels beyond the last
-            whole patch are dropped.
+        size: side of a crop in pixels; None follows the recipe's patchifier. Pixels beyond the last whole patch are
+            dropped.
+        share: with size None, side of a crop as a share of the patchifier's full grid, to the nearest whole patch.
         flip: probability that a copy is mirrored left to right.
         photometric: how colours are changed.
 
     Raises:
         ValueError: if there are no copies, not 0 < scale[0] <= scale[1] <= 1, or `flip` is no probability; when
-            called, if `size` is smaller than a patch.
+            called, if `size` is smaller than a patch. The same if not 0 < share <= 1.
     """
 
     name: str
     copies: int
     scale: tuple[float, float]
     size: int | None = None
+    share: float = 1.0
     flip: float = 0.5
     photometric: Photometric = DINO_GLOBAL
 
@@ -95,19 +97,23 @@ class CropView:
             raise ValueError(f"view '{self.name}': copies is {self.copies}, expected at least 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"view '{self.name}': scale is {self.scale}, expected 0 < smallest <= largest <= 1")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"view '{self.name}': share is {self.share}, expected a share of the side in (0, 1]")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"view '{self.name}': flip is {self.flip}, expected a probability in [0, 1]")
 
     def __call__(self, sample: "Sample", context: Context) -> Patches:
         patch_size = context.patchifier.patch_size
         grid = self._grid(patch_size, context.patchifier.grid)
-        size = (grid[0] * patch_size, grid[1] * patch_size) if self.size is None else (self.size, self.size)
+        whole = (grid[0] * patch_size, grid[1] * patch_size)
+        size = whole if self.size is None else (self.size, self.size)
         crops = augment(self._crop(sample.image(), size, context.rng), draw(context.rng, self.copies, self.photometric))
         return Patches(patchify(crops, patch_size), grid_coords(*grid)[None], None, grid)
 
     def _grid(self, patch_size: int, full: tuple[int, int]) -> tuple[int, int]:
         if self.size is None:
-            return full
+            rows, columns = (max(1, round(side * self.share)) for side in full)
+            return rows, columns
         if self.size < patch_size:
             raise ValueError(
                 f"view '{self.name}': crops of {self.size} pixels hold no patch of {patch_size}; expected a size of at "
@@ -131,5 +137,5 @@ class CropView:
 # One global and eight local crops with these areas: SILC, https://arxiv.org/abs/2310.13355, which has DINO's defaults.
 # SigLIP 2 has one global view and does not say whether it is cropped; scale=(1.0, 1.0) is the other reading.
 GLOBAL = CropView("global", 1, (0.4, 1.0))
-# 96 pixels are DINO's default; SigLIP 2 does not publish its own.
-LOCAL = CropView("local", 8, (0.05, 0.4), size=96, photometric=DINO_LOCAL)
+# 96 of 256 pixels: DINO's size, at the image size of SigLIP 2, which does not publish its own.
+LOCAL = CropView("local", 8, (0.05, 0.4), share=0.375, photometric=DINO_LOCAL)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from functools import partial
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -13,10 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from siglip2.core.batch import Batch, Patches
-from siglip2.core.checkpoint import fresh_plugins, reconcile
+from siglip2.core.checkpoint import fresh_plugins, read_checkpoint, reconcile
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.hooks import build_manager
-from siglip2.core.layout import Patchifier, Phase, phase_at, phases
+from siglip2.core.layout import Patchifier, Phase, Positions, phase_at, phases
 from siglip2.core.model.sizes import ShapeOptions
 from siglip2.core.model.two_towers import build_two_towers
 from siglip2.core.optim import (
@@ -33,10 +33,12 @@ from siglip2.core.optim import (
 )
 from siglip2.core.plugin import Objective, Plugin
 from siglip2.core.rehearsal import name_cold, rehearse
-from siglip2.core.schedules import warmup_cosine
 from siglip2.core.step import STUDENT, Step
+from siglip2.core.timeline import Timeline
+from siglip2.core.warm_start import Surgery, branch_timeline, fit_state, load_optimizer, report
 
 log = logging.getLogger(__name__)
+LAYOUTS_COMPARED = 16  # batches whose sizes and lengths a resumed run compares with the file's
 
 
 class SigLIP2Module(LightningModule):
@@ -58,6 +60,8 @@ class SigLIP2Module(LightningModule):
         warmup: optimizer steps of linear warm-up before the cosine to zero.
         rules: regexes on parameter names that set learning-rate factors, weight decay and freezing.
         rehearsal: run every phase once on two samples before training.
+        warm_start: a checkpoint of another run to start from, in any resolution, patch size or patchifier.
+        surgery: what a warm start takes over, and how tensors of another size are cut.
     """
 
     def __init__(
@@ -75,11 +79,17 @@ class SigLIP2Module(LightningModule):
         warmup: int = 20000,
         rules: list[Rule] = [],  # noqa: B006 - never written to
         rehearsal: bool = True,
+        warm_start: str | None = None,
+        surgery: Surgery = Surgery(),  # noqa: B008 - frozen
     ):
         super().__init__()
         self.hooks = build_manager(plugins)
         self.patchifier = the_patchifier(self.hooks.hook.patchifier, plugins)
         self.tokenizer, self.rehearsal = tokenizer, rehearsal
+        self.warm_start, self.surgery = warm_start, surgery
+        self.branch: Timeline | None = None
+        self.resumed = False
+        self._positions = Positions(self.patchifier)
         self.model = build_two_towers(
             size,
             patch_size=self.patchifier.patch_size,
@@ -131,9 +141,14 @@ class SigLIP2Module(LightningModule):
         return self.hooks.subset_hook_caller(name, [p for n, p in self.plugins.items() if n not in awake])
 
     @property
+    def timeline(self) -> Timeline:
+        """Where this run stands in the whole: all of it, unless it is a branch."""
+        return self.branch or Timeline(self.trainer.max_steps, self.warmup)
+
+    @property
     def progress(self) -> float:
-        """Optimizer steps done / max_steps, in [0, 1)."""
-        return self.trainer.global_step / max(self.trainer.max_steps, 1)
+        """Share of the whole run that is done, in [0, 1); optimizer steps / max_steps unless this is a branch."""
+        return self.timeline.progress(self.trainer.global_step, self.trainer.max_steps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.wake_due(self.progress)
@@ -192,7 +207,8 @@ class SigLIP2Module(LightningModule):
             raise ValueError(
                 "trainer.max_steps is not set: a recipe is a share of its steps, so give the number of optimizer steps"
             )
-        if not 0 <= self.warmup < steps:
+        continues = self.warm_start is not None and self.surgery.schedule == "continue"
+        if not continues and not 0 <= self.warmup < steps:
             raise ValueError(f"model.warmup is {self.warmup} steps, expected fewer than trainer.max_steps = {steps}")
         optimizer = self.make_optimizer(param_groups(self, self.rules))
         if self.trainer.precision != "16-mixed":
@@ -200,16 +216,35 @@ class SigLIP2Module(LightningModule):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         apply_lr_factors(optimizer)
         optimizer.register_load_state_dict_pre_hook(match_state_by_name)
-        schedule = StepCountLR(optimizer, partial(warmup_cosine, total=steps, warmup=self.warmup))
+        schedule = StepCountLR(optimizer, lambda step: self.timeline.lr_factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         self._check_accumulation()
+        if self.warm_start is not None and not self.resumed:
+            self._start_warm(self.warm_start)
         if self.rehearsal:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
-            self._check_cold(rehearse(self, self.phases, lambda phase: data.rehearsal_batch(phase).to(self.device)))
+            begin = self.progress
+            due = tuple(replace(p, start=max(p.start, begin)) for p in self.phases if p.stop > begin)
+            self._check_cold(rehearse(self, due, lambda phase: data.rehearsal_batch(phase).to(self.device)))
         else:
             self._check_sleepers()
+
+    def _start_warm(self, path: str) -> None:
+        checkpoint = read_checkpoint(path)
+        ours = checkpoint["siglip2"]
+        self._check_text(ours["text"])
+        fitted = fit_state(checkpoint["state_dict"], self, self.surgery)
+        self.load_state_dict(fitted.state)
+        self.woken = (set(ours["woken"]) & set(self.plugins)) - fitted.fresh
+        states = checkpoint.get("optimizer_states") if self.surgery.optimizer else None
+        with_state = load_optimizer(self.trainer.optimizers[0], states[0], fitted) if states else None
+        if self.surgery.schedule == "continue":
+            self.branch = branch_timeline(ours["timeline"])
+            for config in self.trainer.lr_scheduler_configs:
+                config.scheduler.load_state_dict(config.scheduler.state_dict())  # its factors are the branch's now
+        report(path, fitted, with_state, self.branch, self.trainer.max_steps)
 
     def rehearsal_losses(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Returns the loss terms at `progress` under the run's precision."""
@@ -241,7 +276,8 @@ class SigLIP2Module(LightningModule):
         """Guesses what the rehearsal would have found."""
         plugins = cast(Iterable[tuple[str, Plugin]], self.plugins.items())
         trained = [(n, p) for n, p in plugins if any(x.requires_grad for x in p.parameters())]
-        sleepers = [n for n, p in trained if p.start > 0 or p.stop < 1]
+        begin = self.progress
+        sleepers = [n for n, p in trained if p.start > begin or p.stop < 1]
         if self._plain_ddp and sleepers:
             raise ValueError(
                 f"plugins that sleep for part of the run ({', '.join(sleepers)}) have parameters without gradient "
@@ -255,14 +291,26 @@ class SigLIP2Module(LightningModule):
             "pixels": self.patchifier.contract(),
             "stream": self._stream(),
             "woken": sorted(self.woken),
+            "timeline": self._timeline(),
+        }
+
+    def _timeline(self) -> dict[str, Any]:
+        """Where the run stands, as plain values: `branch` for those who resume it, the rest for those who branch."""
+        now, batches = self.timeline, self.trainer.global_step * self.trainer.accumulate_grad_batches
+        return {
+            "branch": asdict(self.branch) if self.branch else None,
+            "total": now.total,
+            "warmup": now.warmup,
+            "position": now.position(self.trainer.global_step, self.trainer.max_steps),
+            "seen": now.examples + self._positions.before(batches),
         }
 
     def _stream(self) -> dict[str, Any]:
         """What decides which samples come when, as plain values."""
         data, trainer = self.recipe.get("data") or {}, self.recipe.get("trainer") or {}
-        batch_size = self.patchifier.layout(0).batch_size
+        layouts = [self.patchifier.layout(i) for i in range(LAYOUTS_COMPARED)]
         return {
-            "batch_size": batch_size,
+            "batches": [[layout.batch_size, layout.seq_len] for layout in layouts],
             "data.train": data.get("train"),
             "data.seed": data.get("seed"),
             "trainer.max_steps": trainer.get("max_steps"),
@@ -272,10 +320,15 @@ class SigLIP2Module(LightningModule):
         ours = checkpoint.get("siglip2")
         if ours is None:
             raise ValueError("this checkpoint was not written by siglip2: it carries no text and pixel contract")
-        differences = self.tokenizer.differences(Tokenizer.from_state(ours["text"]))
-        differences += _differences(self.patchifier.contract(), ours["pixels"], "here", "there")
-        if differences:
-            raise ValueError("the checkpoint was trained with another input contract: " + "; ".join(differences))
+        self._check_text(ours["text"])
+        if differences := _differences(self.patchifier.contract(), ours["pixels"], "here", "there"):
+            raise ValueError(
+                f"the checkpoint was trained with other pixels: {'; '.join(differences)}. To start a run at another "
+                f"resolution from it, give it as model.warm_start instead"
+            )
+        self.resumed = True
+        branch = (ours.get("timeline") or {}).get("branch")
+        self.branch = Timeline(**branch) if branch else None
         current = self.state_dict()
         fresh = fresh_plugins(checkpoint["state_dict"], current)
         self.woken = (set(ours["woken"]) & set(self.plugins)) - fresh  # what starts fresh is woken again
@@ -286,6 +339,10 @@ class SigLIP2Module(LightningModule):
         if "optimizer_states" in checkpoint:
             theirs = tuple(f"plugins.{name}." for name in fresh)
             checkpoint["optimizer_states"] = [without_state_of(s, theirs) for s in checkpoint["optimizer_states"]]
+
+    def _check_text(self, state: Any) -> None:
+        if differences := self.tokenizer.differences(Tokenizer.from_state(state)):
+            raise ValueError("the checkpoint was trained with another text contract: " + "; ".join(differences))
 
 
 class Heads(dict[str, nn.Module]):

@@ -33,7 +33,8 @@ class SILC(Objective):
         weight: factor of the loss term. In SigLIP 2, 1 times the size factor: 0.25 for B, 0.5 for L, 1 for So400m,
             0.5 for g.
         local_crops: local views of each image; 8 in SigLIP 2.
-        local_size: side of a local view in pixels; 96 in DINO, for 256 px images.
+        local_size: side of a local view in pixels; null takes 3/8 of the image's, to the nearest whole patch: 96 of
+            256 px, which is DINO's.
         local_scale: least and largest share of the image's area in a local view (SILC, DINO).
         local_photometric: chances and strengths of colour jitter, grey and blur in local views (DINO).
         global_scale: least and largest share in the global view, which has the recipe's image size (SILC); [1, 1] takes
@@ -61,7 +62,7 @@ class SILC(Objective):
         self,
         weight: float | Schedule = 1.0,
         local_crops: int = 8,
-        local_size: int = 96,
+        local_size: int | None = None,
         local_scale: tuple[float, float] = (0.05, 0.4),
         local_photometric: Photometric = DINO_LOCAL,
         global_scale: tuple[float, float] = (0.4, 1.0),

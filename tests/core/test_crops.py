@@ -48,13 +48,13 @@ class Oblong(FixedPatchifier):
 
 def test_global_and_local_views_are_those_of_silc():
     assert (GLOBAL.name, GLOBAL.copies, GLOBAL.scale, GLOBAL.size) == ("global", 1, (0.4, 1.0), None)
-    assert (LOCAL.name, LOCAL.copies, LOCAL.scale, LOCAL.size) == ("local", 8, (0.05, 0.4), 96)
+    assert (LOCAL.name, LOCAL.copies, LOCAL.scale, LOCAL.size) == ("local", 8, (0.05, 0.4), None)
     assert GLOBAL.photometric == Photometric(blur=1.0)
     assert LOCAL.photometric == Photometric(blur=0.5)
 
 
 @pytest.mark.parametrize(
-    ("view", "copies", "grid"), [(GLOBAL, 1, (2, 2)), (LOCAL, 8, (6, 6)), (SMALL_LOCAL, 8, (1, 1))]
+    ("view", "copies", "grid"), [(GLOBAL, 1, (2, 2)), (LOCAL, 8, (1, 1)), (SMALL_LOCAL, 8, (1, 1))]
 )
 def test_view_is_uint8_patches_of_one_grid(view, copies, grid):
     made = view(sample_of(50, 70), context())
@@ -70,6 +70,16 @@ def test_size_of_none_is_the_grid_of_the_patchifier_even_if_it_is_not_square():
     oblong = Oblong(image_size=32, patch_size=16, batch_size=8, filter="bilinear", antialias=True)
     made = GLOBAL(sample_of(50, 70), context(patchifier=oblong))
     assert (made.grid, made.patches.shape[1]) == ((2, 3), 6)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "pixels"),
+    [(256, 16, 96), (224, 16, 80), (384, 16, 144), (512, 16, 192), (224, 14, 84), (384, 14, 140), (256, 32, 96)],
+)
+def test_local_crops_are_three_eighths_of_the_image_in_whole_patches(image_size, patch_size, pixels):
+    patchifier = FixedPatchifier(image_size, patch_size, 8, "bilinear", True)
+    made = LOCAL(sample_of(50, 70), context(patchifier=patchifier))
+    assert made.grid == (pixels // patch_size, pixels // patch_size)
 
 
 def test_pixels_beyond_the_last_whole_patch_are_dropped():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -24,6 +24,7 @@ from siglip2.core.hooks import build_manager
 from siglip2.core.layout import Patchifier, Phase, phases
 from siglip2.core.plugin import Plugin
 from siglip2.core.regions import RegionBox, RegionText
+from siglip2.core.timeline import Timeline
 from siglip2.core.views import IMAGE, LabelView, TextView, View
 
 EvalSet = ZeroShotSet | RetrievalSet | ReferringSet
@@ -129,9 +130,25 @@ class SigLIP2Data(LightningDataModule):
         return tuple(merged.values())
 
     def train_batches(
-        self, *, max_batches: int, accumulate: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        *,
+        max_batches: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        begin: float = 0.0,
+        examples: int = 0,
     ) -> TrainBatches:
-        """Returns the map from batch number to batch, for one rank."""
+        """Returns the map from batch number to batch, for one rank.
+
+        Args:
+            max_batches: micro-batches of the run.
+            accumulate: micro-batches per optimizer step.
+            rank: this process among `world_size`.
+            world_size: processes that share each batch.
+            begin: progress at batch 0.
+            examples: examples that were trained on before batch 0.
+        """
         order = Order(self.train_source.shard_sizes(), self.seed, window=self._train_set.window)
         views = [(phase.start, self.views_of(phase)) for phase in phases(self.recipe_plugins)]
         return TrainBatches(
@@ -142,6 +159,8 @@ class SigLIP2Data(LightningDataModule):
             accumulate=accumulate,
             rank=rank,
             world_size=world_size,
+            begin=begin,
+            examples=examples,
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -149,8 +168,15 @@ class SigLIP2Data(LightningDataModule):
         assert trainer is not None
         accumulate = trainer.accumulate_grad_batches
         total = trainer.max_steps * accumulate
-        rank, world_size = trainer.global_rank, trainer.world_size
-        batches = self.train_batches(max_batches=total, accumulate=accumulate, rank=rank, world_size=world_size)
+        timeline: Timeline = cast(Any, trainer.lightning_module).timeline
+        batches = self.train_batches(
+            max_batches=total,
+            accumulate=accumulate,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            begin=timeline.progress(0, 1),
+            examples=timeline.examples,
+        )
         return self._loader(batches, FromIndex(trainer.global_step * accumulate, total))
 
     def rehearsal_batch(self, phase: Phase) -> Batch:

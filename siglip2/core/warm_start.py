@@ -1,0 +1,158 @@
+"""A run that starts from the checkpoint of another one: towers cut to size, the rest as far as it fits."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from siglip2.core.checkpoint import fresh_plugins, reconcile
+from siglip2.core.model.vision import VisionTower
+from siglip2.core.optim import without_state_of
+from siglip2.core.surgery import resize_kernel, resize_positions
+from siglip2.core.timeline import Timeline
+
+log = logging.getLogger(__name__)
+SCHEDULES = ("continue", "fresh")
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What a warm start takes over, and how tensors of another size are cut.
+
+    Args:
+        schedule: `continue` goes on at the checkpoint's progress: losses, learning rate and stream of samples are those
+            of the run that it left, and trainer.max_steps are spread over what remained of it. `fresh` begins at
+            progress 0 with this recipe's own warm-up.
+        optimizer: keep the optimizer's state for parameters that kept their shape.
+        corners: resize position tables corner-aligned, as big_vision does when it loads a fixed-resolution checkpoint;
+            off is bilinear, antialiased, half-pixel, as NaFlex does at every step. Which one SigLIP 2 used at 95 % is
+            not published.
+        kernel_filter: bilinear or bicubic, the resize that a patch kernel of another size is made to undo.
+        kernel_antialias: whether that resize is antialiased. big_vision: bilinear, not antialiased.
+
+    Raises:
+        ValueError: if there is no such schedule.
+    """
+
+    schedule: str = "continue"
+    optimizer: bool = True
+    corners: bool = False
+    kernel_filter: str = "bilinear"
+    kernel_antialias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"model.surgery.schedule is '{self.schedule}', expected {' or '.join(SCHEDULES)}")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A state dict that fits a module, and what was done to it.
+
+    Args:
+        state: every tensor of the module by name.
+        kept: names that were taken over as they are.
+        resized: name -> what was done.
+        fresh: plugins that start fresh.
+    """
+
+    state: dict[str, Tensor]
+    kept: tuple[str, ...]
+    resized: dict[str, str]
+    fresh: frozenset[str]
+
+
+def fit_state(saved: Mapping[str, Tensor], module: nn.Module, surgery: Surgery) -> Fitted:
+    """Returns the state of another run, with the position tables and patch kernels of all vision towers cut to size.
+
+    Args:
+        saved: `state_dict` of a checkpoint.
+        module: the run that starts; teachers in its plugins are cut as well.
+        surgery: how.
+
+    Raises:
+        ValueError: if the towers differ in more than that.
+    """
+    current = module.state_dict()
+    cut, resized = dict(saved), {}
+    for prefix in [name for name, part in module.named_modules() if isinstance(part, VisionTower)]:
+        for name, (tensor, done) in _cut(prefix, saved, current, surgery).items():
+            cut[name], resized[name] = tensor, done
+    fresh = fresh_plugins(cut, current)
+    state = reconcile(cut, current)
+    kept = [n for n in current if n not in resized and not n.startswith(tuple(f"plugins.{p}." for p in fresh))]
+    return Fitted(state, tuple(kept), {n: done for n, done in resized.items() if n in current}, frozenset(fresh))
+
+
+def _cut(
+    prefix: str, saved: Mapping[str, Tensor], current: Mapping[str, Tensor], surgery: Surgery
+) -> dict[str, tuple[Tensor, str]]:
+    """The two tensors of a vision tower whose shape follows the input, where it differs, with what was done."""
+    table, kernel = f"{prefix}.pos_embed", f"{prefix}.embed.weight"
+    out = {}
+    if table in saved and saved[table].shape[:2] != current[table].shape[:2]:
+        (rows, columns), (r, c) = saved[table].shape[:2], current[table].shape[:2]
+        how = "corner-aligned" if surgery.corners else "antialiased"
+        resized = resize_positions(saved[table], (r, c), corners=surgery.corners)
+        out[table] = resized, f"positions {rows} x {columns} -> {r} x {c}, bilinear, {how}"
+    if kernel in saved and saved[kernel].shape[1] != current[kernel].shape[1]:
+        p, q = (round((t.shape[1] // 3) ** 0.5) for t in (saved[kernel], current[kernel]))
+        filter, antialias = surgery.kernel_filter, surgery.kernel_antialias
+        resized = resize_kernel(saved[kernel], q, filter=filter, antialias=antialias)
+        how = f"{filter}, {'antialiased' if antialias else 'not antialiased'}"
+        out[kernel] = resized, f"patch kernel {p} -> {q} px, pseudo-inverse of the resize ({how})"
+    return out
+
+
+def branch_timeline(saved: Mapping[str, Any]) -> Timeline:
+    """Returns the timeline of a branch from what a checkpoint says of its own (`siglip2.timeline`).
+
+    Raises:
+        ValueError: if the run has come to its end, so that nothing of its schedule is left.
+    """
+    if saved["position"] >= saved["total"]:
+        raise ValueError(
+            f"the checkpoint is from the end of its run ({saved['position']:g} of {saved['total']} steps): nothing of "
+            f"its schedule is left to continue. Take an earlier one, or set model.surgery.schedule to fresh"
+        )
+    return Timeline(saved["total"], saved["warmup"], saved["position"], saved["seen"])
+
+
+def load_optimizer(optimizer: Any, saved: dict[str, Any], fitted: Fitted) -> int:
+    """Loads the state of the parameters that were kept; returns of how many there is one."""
+    forgotten = (*(f"plugins.{name}." for name in fitted.fresh), *fitted.resized)
+    optimizer.load_state_dict(without_state_of(saved, forgotten))  # which matches by name
+    return len(optimizer.state)
+
+
+def report(path: str, fitted: Fitted, with_state: int | None, timeline: Timeline | None, steps: int) -> None:
+    """Logs what was kept, resized, and started fresh; what was dropped, `reconcile` has named.
+
+    Args:
+        path: of the checkpoint.
+        fitted: what was done.
+        with_state: parameters with optimizer state; None if it was not taken over.
+        timeline: of the branch; None for a schedule of its own.
+        steps: optimizer steps of this run.
+    """
+    values = sum(fitted.state[name].numel() for name in fitted.kept)
+    log.info("warm start from %s: kept %d tensors (%.1f M values)", path, len(fitted.kept), values / 1e6)
+    for name, done in fitted.resized.items():
+        log.info("  resized %s: %s", name, done)
+    for name in sorted(fitted.fresh):
+        log.info("  fresh: plugin '%s'", name)
+    log.info("  optimizer state: %s", "fresh" if with_state is None else f"kept for {with_state} parameters")
+    if timeline is not None:
+        left = timeline.total - timeline.first
+        log.info(
+            "  continues at %.1f %% (step %g of %d, %d examples seen): the %g steps left there are %d here, %.2f times",
+            100 * timeline.first / timeline.total,
+            timeline.first,
+            timeline.total,
+            timeline.examples,
+            left,
+            steps,
+            steps / left,
+        )
