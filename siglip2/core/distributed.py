@@ -46,6 +46,29 @@ def gather(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def from_left(texts: Tensor, gradients: Tensor, *, last: bool) -> tuple[Tensor, Tensor]:
+    """Returns what the rank to the left holds, after this rank's went to the right; the same two on one rank.
+
+    After as many calls as there are ranks everything is back where it came from.
+
+    Args:
+        texts: [b, D], the same shape on every rank.
+        gradients: [b, D], what has been added up for them.
+        last: texts are at the end of their way and need not come home, only their gradients do.
+    """
+    if world_size() == 1:
+        return texts, gradients
+    moving = [gradients.contiguous()] if last else [texts.contiguous(), gradients.contiguous()]
+    arriving = [torch.empty_like(tensor) for tensor in moving]
+    right, left = (rank() + 1) % world_size(), (rank() - 1) % world_size()
+    exchanges = [dist.P2POp(dist.isend, tensor, right) for tensor in moving]
+    exchanges += [dist.P2POp(dist.irecv, tensor, left) for tensor in arriving]
+    for request in dist.batch_isend_irecv(exchanges):
+        request.wait()
+    return (texts if last else arriving[0]), arriving[-1]
+
+
+@torch.no_grad()
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Returns the mean of a tensor over all ranks, without gradient; the tensor itself on one rank."""
     if world_size() == 1:

@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from siglip2.core.distributed import gather, rank
-from siglip2.core.functional import sigmoid_loss
 from siglip2.core.hooks import hookimpl
+from siglip2.core.pairs import pair_loss
 from siglip2.core.plugin import Objective
 from siglip2.core.step import Step
 from siglip2.core.views import CAPTION, IMAGE, View
@@ -28,6 +27,5 @@ class Sigmoid(Objective):
     def loss(self, step: Step) -> Tensor:
         """Returns the loss in nats per image; each rank takes its own images against the texts of all ranks."""
         z_image = step.encode_image("image").embedding  # [b, E]
-        z_text = gather(step.encode_text("caption").embedding)  # [b, E] -> [W * b, E]
-        offset = rank() * z_image.shape[0]
-        return sigmoid_loss(z_image, z_text, scale=step.model.logit_scale, bias=step.model.logit_bias, offset=offset)
+        z_text = step.encode_text("caption").embedding  # [b, E]
+        return pair_loss(z_image, z_text, scale=step.model.logit_scale, bias=step.model.logit_bias)
