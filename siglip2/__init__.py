@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from siglip2.core.layout import Layout, Patchifier
     from siglip2.core.masks import MaskView
     from siglip2.core.model.two_towers import ImageFeatures, TextFeatures, TwoTowers
+    from siglip2.core.pairs import pair_loss, sigmoid_term
     from siglip2.core.plugin import Objective, Plugin
     from siglip2.core.schedules import Schedule
     from siglip2.core.step import Step
@@ -28,6 +29,7 @@ _HOMES = {
     "siglip2.core.layout": ("Layout", "Patchifier"),
     "siglip2.core.masks": ("MaskView",),
     "siglip2.core.model.two_towers": ("ImageFeatures", "TextFeatures", "TwoTowers"),
+    "siglip2.core.pairs": ("pair_loss", "sigmoid_term"),
     "siglip2.core.plugin": ("Objective", "Plugin"),
     "siglip2.core.schedules": ("Schedule",),
     "siglip2.core.step": ("Step",),
@@ -60,7 +62,9 @@ __all__ = [
     "View",
     "gather",
     "hookimpl",
+    "pair_loss",
     "rank",
+    "sigmoid_term",
     "world_size",
 ]
 

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any, Optional, final
 
 import pluggy
+from torch.nn import ModuleDict
 
 import siglip2.plugins
 from siglip2.core.hooks import PROJECT, CatalogueSpecs
@@ -65,6 +66,8 @@ def catalogue(*, third_party: bool = True) -> dict[str, Entry]:
             name = getattr(cls, "name", None)
             if not isinstance(name, str) or not name.isidentifier():
                 raise ValueError(f"{origin}: {cls.__qualname__}.name is {name!r}, expected a word such as 'sigmoid'")
+            if hasattr(ModuleDict, name):
+                raise ValueError(f"{origin}: no plugin can be called '{name}', which torch's modules use: rename it")
             if name in found:
                 raise ValueError(f"two plugins are called '{name}': {found[name].origin} and {origin}; uninstall one")
             found[name] = Entry(final(cls), origin)

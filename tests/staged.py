@@ -32,6 +32,9 @@ class Diary(Callback):
         self.calls.clear()
         self.before = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
 
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         networks = ("student", "text", "ema_teacher", "decoder")
         self.steps[trainer.global_step] = {
@@ -39,6 +42,8 @@ class Diary(Callback):
             "calls": {name: self.calls.count(name) for name in networks},
             "loss": outputs["loss"].item(),
             "before": self.before,
+            "gradients": self.gradients,
+            "terms": {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith("train/")},
             "warm": [name for name, p in pl_module.named_parameters() if p.grad is not None],
             "state": {name: tensor.clone() for name, tensor in pl_module.state_dict().items()},
         }

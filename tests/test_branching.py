@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,11 @@ from staged import arguments, optimizer_steps, run
 
 from siglip2.cli.training import SigLIP2CLI
 from siglip2.core.checkpoint import read_checkpoint
+from siglip2.core.data.loader import TrainBatches
 from siglip2.core.surgery import resize_kernel, resize_positions
+from siglip2.core.timeline import Timeline
+from siglip2.core.warm_start import Surgery
+from siglip2.plugins.fixed import Fixed
 
 TABLE, TEACHER = "model.vision.pos_embed", "plugins.ema_teacher.vision.pos_embed"
 KERNEL = "model.vision.embed.weight"
@@ -151,7 +156,7 @@ def test_warm_start_says_what_it_kept_resized_and_dropped(branch, caplog):
         f"resized {TABLE}: positions 2 x 2 -> 3 x 3, bilinear, antialiased",
         f"resized {TEACHER}: positions 2 x 2 -> 3 x 3",
         "plugin 'tips' is in the checkpoint but not in this recipe: it is dropped",
-        r"continues at 60.0 % \(step 6 of 10, 24 examples seen\): the 4 steps left there are 2 here, 0.50 times",
+        r"continues at 60.0 % \(step 6 of 10, 24 examples seen\): the 4 steps left there are 2 here, 0.5 times",
         r"optimizer state: kept for \d+ parameters",
     ):
         assert re.search(line, said), line
@@ -198,3 +203,84 @@ def test_shares_of_a_branch_are_those_of_the_whole_run(branch, base, tmp_path):
     branch(6, steps=8, extra=(*callback, *NO_SSL))
     assert read_checkpoint(str(tmp_path / "branch" / "progress-0.8.ckpt"))["global_step"] == 4
     assert not (tmp_path / "branch" / "progress-0.5.ckpt").exists()
+
+
+def test_loader_and_module_agree_on_progress_to_the_last_bit():
+    """0.7 + 0.3 / 3 is not 0.8 in floating point: a loss that wakes there must find its views."""
+    for total in (10, 20, 100, 1300):
+        for first in range(0, total, max(1, total // 25)):
+            for steps in (1, 3, 7, total - first, 2 * (total - first)):
+                timeline = Timeline(total, 0, first)
+                views = [(edge, (edge,)) for edge in (0.0, 0.5, 0.8, 0.9, 0.95)]
+                maker = SimpleNamespace(patchifier=Fixed(batch_size=4).patchifier())
+                batches = TrainBatches(maker, None, views, max_batches=steps, timeline=timeline)
+                for step in range(steps):
+                    progress = timeline.progress(step, steps)
+                    seen = batches.views_at(batches.timeline.progress(step, batches.max_batches))
+                    assert seen == (max(edge for edge, _ in views if edge <= progress),)
+
+
+def test_branch_that_reaches_the_start_of_a_loss_after_a_third_of_its_steps_has_its_views(branch):
+    """(0.2 + 0.8 / 3 ...) falls on the edge at 0.5 only up to rounding."""
+    for first, steps in ((2, 8), (4, 6), (2, 3), (1, 9)):
+        other = branch(first, steps=steps, folder=f"{first}-{steps}")
+        for n, seen in other.steps.items():
+            assert ("global" in seen["views"]) == (seen["calls"]["ema_teacher"] == 1), n
+
+
+def test_teacher_is_woken_again_by_a_schedule_that_starts_afresh(branch):
+    """It would stay the teacher of the old run, asleep for half of the new one."""
+    other = branch(9, steps=10, extra=("--model.surgery.schedule", "fresh"))
+    for name, teacher, student, before in teachers(other, step=6):
+        torch.testing.assert_close(teacher, 0.9 * before + 0.1 * student, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_loss_that_starts_after_the_branch_point_is_woken_there(branch):
+    later = [word for name in ("ema_teacher", "silc", "tips") for word in (f"--plugins.{name}.start", "0.8")]
+    other = branch(6, steps=4, extra=later)
+    for name, teacher, student, before in teachers(other, step=3):
+        torch.testing.assert_close(teacher, 0.9 * before + 0.1 * student, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def teachers(diary, *, step):
+    """Each tensor of the teacher after its first step, with the student's then and before that step."""
+    after, before = diary.steps[step]["state"], diary.steps[step]["before"]
+    for name, tensor in after.items():
+        if name.startswith("plugins.ema_teacher.vision."):
+            student = name.replace("plugins.ema_teacher", "model")
+            yield name, tensor, after[student], before[student]
+
+
+def test_state_of_another_optimizer_is_an_error_and_can_be_left_behind(branch):
+    sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 0.1)
+    with pytest.raises(ValueError, match="another optimizer: AdamW there, SGD here.* model.surgery.optimizer to false"):
+        branch(6, steps=2, extra=sgd)
+    branch(6, steps=2, folder="fresh", extra=(*sgd, "--model.surgery.optimizer", "false"))
+
+
+def test_checkpoint_older_than_branches_says_what_to_do(base, branch):
+    path = base[1] / "step=7.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["siglip2"]["timeline"]
+    torch.save(checkpoint, base[1] / "step=77.ckpt")
+    with pytest.raises(ValueError, match="older than branches are.* model.surgery.schedule to fresh"):
+        branch(77, steps=2)
+
+
+def test_stage_overlay_asks_for_the_checkpoint_that_it_leaves(recipe, tmp_path):
+    overlay = ("--config", "stage/p16-384", "--plugins.fixed.image_size", 48, "--trainer.max_steps", 2)
+    with pytest.raises(ValueError, match="this recipe is a branch: give the checkpoint that it leaves"):
+        run(recipe(tmp_path), *overlay)
+
+
+def test_change_of_pixels_is_said(branch, caplog):
+    warm_start = logging.getLogger("siglip2.core")
+    warm_start.addHandler(caplog.handler)
+    branch(6, steps=1, extra=("--plugins.fixed.protocol", "open_clip"))
+    warm_start.removeHandler(caplog.handler)
+    assert "pixels: filter: now bicubic, then bilinear" in caplog.text
+
+
+def test_unknown_kernel_filter_is_named_before_anything_is_read():
+    with pytest.raises(ValueError, match="model.surgery.kernel_filter is 'lanczos', expected bilinear or bicubic"):
+        Surgery(kernel_filter="lanczos")

@@ -3,13 +3,17 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import yaml
 from torch import nn
 from webdataset import TarWriter
@@ -17,6 +21,8 @@ from webdataset import TarWriter
 import siglip2.registry
 from siglip2 import Objective, hookimpl
 from siglip2.cli.main import main
+from siglip2.cli.training import SigLIP2CLI
+from siglip2.core.callbacks import zero_shot
 from siglip2.core.views import IMAGE
 from siglip2.testing import TinySource
 
@@ -153,6 +159,52 @@ def test_two_processes_print_the_scores_and_counts_of_one(ran, tiny_recipe, eval
     )
     assert scores(done.stdout) == expected
     assert "2 processes" in done.stderr or "MEMBER: 2/2" in done.stderr
+
+
+def evaluated(arguments):
+    """Every score of `siglip2 validate`, to the last digit, and how many rows each tower encoded."""
+    whole, rows = zero_shot.class_vectors, {"vision": 0, "text": 0}
+    zero_shot.class_vectors = partial(whole, batch_size=3)  # several batches of prompts, the last one uneven
+    try:
+        cli = SigLIP2CLI(arguments, command="validate")
+        for name in rows:
+
+            def count(module, inputs, name=name):
+                rows[name] += getattr(inputs[0], "num_images", None) or len(inputs[0])
+
+            getattr(cli.model.model, name).register_forward_pre_hook(count)
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, verbose=False)
+    finally:
+        zero_shot.class_vectors = whole
+    found = [*cli.zero_shot.rows, *cli.retrieval.rows, *cli.referring.rows]
+    return [repr(asdict(row)) for row in found], rows
+
+
+def one_rank(number, port, arguments, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(number)}
+    torch.save(evaluated(arguments), f"{folder}/{number}.pt")
+
+
+@pytest.mark.dist
+def test_two_ranks_share_the_work_and_find_the_scores_of_one_to_the_last_digit(
+    ran, tiny_recipe, toy_shards, evaluation, tmp_path
+):
+    places = ["--data.referring", json.dumps({"places": {"path": str(toy_shards), "languages": ["en", "de"]}})]
+    ran("fit", *tiny_recipe, "--plugins.locca", "{length: 40, depth: 1}", *evaluation, *places)
+    arguments = ["--ckpt_path", str(tmp_path / "step=10.ckpt"), "--trainer.accelerator", "cpu"]
+    expected, alone = evaluated([*arguments, "--trainer.devices", "1"])
+    assert len(expected) == 6
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [*arguments, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    mp.spawn(one_rank, args=(port, ranks, str(tmp_path)), nprocs=2)
+    for number in range(2):
+        found, rows = torch.load(tmp_path / f"{number}.pt")
+        assert found == expected
+        assert rows["vision"] == alone["vision"] / 2
+        assert rows["text"] < 0.7 * alone["text"]
 
 
 def test_predict_as_json_prints_one_object_per_picture_and_nothing_else(ran, tiny_recipe, tmp_path):

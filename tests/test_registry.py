@@ -56,6 +56,14 @@ def test_name_that_is_no_word_is_an_error(name, third_party_plugins):
         catalogue()
 
 
+@pytest.mark.parametrize("name", ["half", "train", "keys"])
+def test_name_that_torch_uses_is_an_error(name, third_party_plugins):
+    """torch's ModuleDict would refuse it later, and not say why."""
+    third_party_plugins.append(package(type("Named", (Plugin,), {"name": name})))
+    with pytest.raises(ValueError, match=f"no plugin can be called '{name}', which torch's modules use: rename it"):
+        catalogue()
+
+
 @pytest.mark.parametrize(("name", "kind"), [("sigmoid", "objective"), ("fixed", "patchifier")])
 def test_kind_is_what_a_plugin_offers(name, kind):
     assert lookup(name).kind == kind

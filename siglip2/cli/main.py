@@ -5,6 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from siglip2.cli.messages import essence
+
 TRAINING = {
     "fit": ("siglip2.cli.training", "fit", "train a recipe"),
     "validate": ("siglip2.cli.training", "validate", "score a checkpoint on the recipe's evaluation sets"),
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         where = "" if isinstance(error, ValueError | FileNotFoundError) else "\n  --traceback shows where it happened"
-        print(f"siglip2: error: {error}{notes}{where}", file=sys.stderr)
+        print(f"siglip2: error: {essence(str(error))}{notes}{where}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,33 +1,44 @@
 """`siglip2 fit | validate | test | predict`: LightningCLI over recipes."""
 
+import logging
 import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 
 from siglip2.cli.console import print_scores, set_up_logging
-from siglip2.cli.from_checkpoint import recipe_of_checkpoint, with_checkpoint
+from siglip2.cli.from_checkpoint import option, recipe_of_checkpoint, with_checkpoint
+from siglip2.cli.messages import essence
 from siglip2.core.callbacks.faults import FaultCounter
 from siglip2.core.callbacks.progress import StepProgressBar
 from siglip2.core.callbacks.referring import Referring
 from siglip2.core.callbacks.retrieval import Retrieval
 from siglip2.core.callbacks.run_record import RunRecord
+from siglip2.core.callbacks.save_on_signal import SaveOnSignal
 from siglip2.core.callbacks.save_the_end import SaveTheEnd
 from siglip2.core.callbacks.throughput import Throughput
+from siglip2.core.callbacks.watchdog import Watchdog
 from siglip2.core.callbacks.zero_shot import ZeroShot
-from siglip2.core.checkpoint import AtomicCheckpointIO
+from siglip2.core.checkpoint import AtomicCheckpointIO, newest_checkpoint
 from siglip2.core.data.datamodule import SigLIP2Data
 from siglip2.core.module import SigLIP2Module
 from siglip2.core.optim import PUBLISHED
 from siglip2.recipes import expand_arguments
 from siglip2.registry import in_order, plugins_class, suggestion
+from siglip2.xla import register
 
+log = logging.getLogger(__name__)
+LAST = "last"
+CKPT_HELP = (
+    "Checkpoint to resume or to use. `fit` takes `last` for the newest of the run's folder, or none if there is none."
+)
 MISSING = re.compile(r'[Kk]ey "([\w.]+)".*arguments are required: ([\w, ]+)', re.DOTALL)
 UNKNOWN = re.compile(r"(?:Option '|unrecognized arguments: --|does not accept option '|[Kk]ey '|Key \")([\w.]+)")
 
@@ -39,6 +50,7 @@ class RecipeParser(LightningArgumentParser):
         """Ends the program with status 2, the message, and a suggestion if a name is misspelt."""
         if not self.exit_on_error:  # a parser inside the parser, for the options of one class
             super().error(message, ex)
+        message = essence(message)
         if missing := MISSING.search(message):
             message = f"{missing[1]} needs the option '{missing[2]}'"
         unknown = UNKNOWN.search(message)
@@ -66,6 +78,7 @@ class SigLIP2CLI(LightningCLI):
         set_up_logging()
         base, pinned = recipe_of_checkpoint(arguments, command)
         expanded, self.order = expand_arguments(arguments, base)
+        register()
         super().__init__(
             SigLIP2Module,
             SigLIP2Data,
@@ -101,9 +114,9 @@ class SigLIP2CLI(LightningCLI):
         parser.link_arguments("plugins", "model.plugins", compute_fn=in_order, apply_on="instantiate")
         parser.link_arguments("plugins", "data.plugins", compute_fn=in_order, apply_on="instantiate")
         parser.link_arguments("data", "model.tokenizer", compute_fn=_tokenizer_of, apply_on="instantiate")
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to resume or to use.")
-        if self.command == "fit":
-            parser.add_argument("--report", type=bool, default=True, help="Write report.html when training ends.")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help=CKPT_HELP)
+        text = "Write report.html when training ends." if self.command == "fit" else SUPPRESS
+        parser.add_argument("--report", type=bool, default=True, help=text)  # else a recipe that fit wrote would not do
         if self.command == "predict":
             parser.add_argument("--images", nargs="+", help="Pictures: files, globs, folders.")
             parser.add_argument("--texts", nargs="+", help="Free texts to rank for every picture.")
@@ -118,6 +131,8 @@ class SigLIP2CLI(LightningCLI):
         self.report = RunRecord(self.zero_shot, self.retrieval, self.referring)
         if self.command == "fit":
             always += [Throughput(), SaveTheEnd(), self.report]
+            # behind the others, so that what is saved holds what they learned of the step
+            always += [kind() for kind in (Watchdog, SaveOnSignal) if not self._has_callback(kind)]
             kwargs.update(self._validation_within_the_run())
         if self._wants_progress_bar():
             always.append(StepProgressBar())
@@ -126,13 +141,20 @@ class SigLIP2CLI(LightningCLI):
         chosen = [*chosen] if isinstance(chosen, list) else [chosen]
         if not any(isinstance(plugin, CheckpointIO) for plugin in chosen):
             chosen.append(AtomicCheckpointIO())
+        for plugin in chosen:
+            if isinstance(plugin, AsyncCheckpointIO) and plugin.checkpoint_io is None:
+                plugin.checkpoint_io = AtomicCheckpointIO()
         return super().instantiate_trainer(plugins=chosen, **kwargs)
 
     def _wants_progress_bar(self) -> bool:
         settings = self.config_init.trainer
-        chosen = settings.callbacks if isinstance(settings.callbacks, list) else [settings.callbacks]
-        own = any(isinstance(callback, ProgressBar) for callback in chosen)
-        return settings.enable_progress_bar is not False and not settings.barebones and not own
+        shown = settings.enable_progress_bar is not False and not settings.barebones
+        return shown and not self._has_callback(ProgressBar)
+
+    def _has_callback(self, kind: type[Callback]) -> bool:
+        """Whether the recipe has a callback of a kind, with options of its own."""
+        chosen = self.config_init.trainer.callbacks
+        return any(isinstance(callback, kind) for callback in (chosen if isinstance(chosen, list) else [chosen]))
 
     def _validation_within_the_run(self) -> dict[str, Any]:
         """Returns a validation interval that Lightning accepts when a recipe is cut short: once, at the end."""
@@ -140,6 +162,20 @@ class SigLIP2CLI(LightningCLI):
         every = settings.val_check_interval
         cut_short = isinstance(every, int) and every > settings.max_steps * settings.accumulate_grad_batches > 0
         return {"val_check_interval": 1.0} if cut_short else {}
+
+    def resume_from(self) -> str | None:
+        """Returns the checkpoint to resume from; `last` is the newest whole one in the run's folders, if any."""
+        path: str | None = self.config.ckpt_path
+        if path != LAST:
+            return path
+        own = [c.dirpath for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        folders = list(dict.fromkeys([self.trainer.default_root_dir, *map(str, own)]))
+        newest = newest_checkpoint(folders)
+        if newest is None:
+            log.info("no checkpoint in %s yet: starting from the beginning", " or ".join(folders))
+        else:
+            log.info("resuming from %s", newest)
+        return newest
 
     def finish(self) -> None:
         """Scores the final weights if validation has not, writes the report, and prints the scores."""
@@ -161,8 +197,10 @@ def _tokenizer_of(data: SigLIP2Data) -> Any:
 
 def fit(arguments: Sequence[str]) -> None:
     """Trains; resumes from `--ckpt_path` if it is given."""
+    if option(arguments, "--ckpt_path") == LAST and not {"--config", "-c"} & {a.partition("=")[0] for a in arguments}:
+        raise ValueError("--ckpt_path last is looked for in the folder of a recipe: give its --config, too")
     cli = SigLIP2CLI(arguments, command="fit")
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from())
     cli.finish()
 
 

@@ -7,15 +7,18 @@ fresh, what the file has beyond the recipe is dropped, both are reported by name
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+ABANDONED_S = 3600.0  # a half-written file that nobody has written to for so long was left by a killed run
 
 
 def reconcile(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,14 +85,19 @@ def _differences(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> 
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
-    """Reads one of our checkpoint files onto the CPU, with `weights_only`.
+    """Reads one of our checkpoint files, at a local path or fsspec URL, onto the CPU, with `weights_only`.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or not a checkpoint of this project.
     """
+    local = _local(path)
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if local is not None:
+            checkpoint: dict[str, Any] = torch.load(local, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            with fsspec.open(path, "rb") as file:
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}: give the .ckpt file that `siglip2 fit` wrote") from None
     except Exception as error:
@@ -101,40 +109,88 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
+def newest_checkpoint(folders: Iterable[str]) -> str | None:
+    """Returns the checkpoint that was written last and is whole, None if there is none.
+
+    Local files are opened to see that they are whole. Folders (sharded checkpoints) and objects behind a URL get their
+    name only when they are.
+
+    Args:
+        folders: local paths or fsspec URLs; those that do not exist hold nothing.
+    """
+    found = {path: when for folder in folders for path, when in _checkpoints_in(folder).items()}
+    for path in sorted(found, key=lambda p: found[p], reverse=True):
+        if _local(path) is None or Path(path).is_dir():
+            return path
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            log.warning("passed over a checkpoint: %s", error)
+        else:
+            return path
+    return None
+
+
+def _checkpoints_in(folder: str) -> dict[str, Any]:
+    """Path or URL of each checkpoint in a folder, and when it was written."""
+    system, place = fsspec.core.url_to_fs(folder)
+    if not system.isdir(place):
+        return {}
+    names = [
+        n for n in system.ls(place, detail=False) if n.endswith(".ckpt") and not n.rpartition("/")[2].startswith(".")
+    ]
+    return {n if _local(folder) is not None else system.unstrip_protocol(n): system.modified(n) for n in names}
+
+
+def _local(path: str) -> str | None:
+    """A path without `file://`; None for any other URL."""
+    path = path.removeprefix("file://")
+    return None if "://" in path else path
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it: a file under its final name is always whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Saves `checkpoint` to `path`; local paths are written atomically, URLs as Lightning does.
+        """Saves `checkpoint` to `path`; local paths are written atomically, URLs as Lightning does, in one piece.
 
         Raises:
             OSError: if it cannot be written, saying what is lost (nothing saved before) and what to do.
         """
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        final = Path(path)
-        partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+        local = _local(str(path))
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(final)
+            if local is None:
+                super().save_checkpoint(checkpoint, path, storage_options)
+            else:
+                _write_atomically(checkpoint, Path(local))
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise OSError(_not_written(final, checkpoint, error)) from error
+            raise OSError(_not_written(str(path), checkpoint, error)) from error
 
 
-def _not_written(path: Path, checkpoint: Mapping[str, Any], error: Exception) -> str:
-    kept = sorted(path.parent.glob("*.ckpt"), key=lambda p: p.stat().st_mtime) if path.parent.is_dir() else []
-    resume = (
-        f"the last whole one is {kept[-1]}; resume with --ckpt_path {kept[-1]}" if kept else "there is no earlier one"
-    )
+def _write_atomically(checkpoint: Mapping[str, Any], final: Path) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for other in final.parent.glob(f".{final.name}.*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - other.stat().st_mtime > ABANDONED_S:
+                other.unlink()
+    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(final)
+    except (OSError, RuntimeError):
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def _not_written(path: str, checkpoint: Mapping[str, Any], error: Exception) -> str:
+    kept = newest_checkpoint([path.rpartition("/")[0] or "."])
+    resume = f"the last whole one is {kept}; resume with --ckpt_path {kept}" if kept else "there is no earlier one"
     return (
         f"the checkpoint of step {checkpoint.get('global_step', '?')} could not be written to {path}: "
-        f"{str(error).splitlines()[0]}. Earlier checkpoints are untouched: {resume}. Free space on that disk, or set "
-        f"trainer.default_root_dir to another one"
+        f"{str(error).splitlines()[0]}. Earlier checkpoints are untouched: {resume}. Free space there, or set "
+        f"trainer.default_root_dir to another place"
     )

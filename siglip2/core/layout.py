@@ -43,6 +43,10 @@ class Patchifier(Protocol):
     @property
     def grid(self) -> tuple[int, int]: ...
 
+    @property
+    def layouts(self) -> "tuple[Layout, ...]":
+        """Every layout that a batch may have, once each."""
+
     def layout(self, index: int) -> Layout:
         """Returns the layout of global batch `index`: a pure function, the same on every rank and machine."""
 

@@ -1,17 +1,20 @@
 """The Lightning module: it owns the towers and the plugins and calls hooks in a fixed order. No mathematics."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from siglip2.core.accumulate import Owed, WholeStep, mean_terms, owed_by_pairs, part_loss, parts_of
 from siglip2.core.batch import Batch, Patches
 from siglip2.core.checkpoint import fresh_plugins, read_checkpoint, reconcile
 from siglip2.core.data.text import Tokenizer
@@ -31,6 +34,7 @@ from siglip2.core.optim import (
     published_adamw,
     without_state_of,
 )
+from siglip2.core.parallel import FSDP2Strategy, check_strategy, checkpoint_blocks, compile_blocks, cut_moments, shard
 from siglip2.core.plugin import Objective, Plugin
 from siglip2.core.rehearsal import name_cold, rehearse
 from siglip2.core.step import STUDENT, Step
@@ -38,6 +42,7 @@ from siglip2.core.timeline import Timeline
 from siglip2.core.warm_start import Surgery, branch_timeline, fit_state, load_optimizer, report
 
 log = logging.getLogger(__name__)
+MISSING = "???"  # what an overlay has where a recipe must be told
 LAYOUTS_COMPARED = 16  # batches whose sizes and lengths a resumed run compares with the file's
 
 
@@ -62,6 +67,11 @@ class SigLIP2Module(LightningModule):
         rehearsal: run every phase once on two samples before training.
         warm_start: a checkpoint of another run to start from, in any resolution, patch size or patchifier.
         surgery: what a warm start takes over, and how tensors of another size are cut.
+        accumulate: parts that each batch is run in, one after the other. Gradients are those of the whole batch, losses
+            over pairs included; memory is that of a part, time about that of a second forward pass.
+        checkpoint_blocks: keep only the inputs of transformer blocks for the backward pass and run them once more there
+            (activation checkpointing): much less memory for about a third more time.
+        compile: backend of torch.compile for every transformer block, such as inductor; null does not compile.
     """
 
     def __init__(
@@ -81,12 +91,17 @@ class SigLIP2Module(LightningModule):
         rehearsal: bool = True,
         warm_start: str | None = None,
         surgery: Surgery = Surgery(),  # noqa: B008 - frozen
+        accumulate: int = 1,
+        checkpoint_blocks: bool = False,
+        compile: str | None = None,
     ):
         super().__init__()
         self.hooks = build_manager(plugins)
         self.patchifier = the_patchifier(self.hooks.hook.patchifier, plugins)
         self.tokenizer, self.rehearsal = tokenizer, rehearsal
-        self.warm_start, self.surgery = warm_start, surgery
+        if accumulate < 1:
+            raise ValueError(f"model.accumulate is {accumulate}, expected the number of parts of a batch, at least 1")
+        self.warm_start, self.surgery, self.accumulate = warm_start, surgery, accumulate
         self.branch: Timeline | None = None
         self.resumed = False
         self._positions = Positions(self.patchifier)
@@ -109,21 +124,36 @@ class SigLIP2Module(LightningModule):
         self.phases = phases(plugins)
         self.rules = [KERNELS_ONLY, *rules]
         self.make_optimizer, self.warmup = optimizer, warmup
+        self.checkpoint_blocks, self.compile_backend = checkpoint_blocks, compile
+        self._laid_out = False
         self.recipe: dict[str, Any] = {}
         self.woken: set[str] = set()
         self.scalars: dict[str, Tensor] = {}
         check_rules((n for n, _ in self.named_parameters()), rules)
         freeze(self, self.rules)
 
-    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """Returns the weighted loss terms of one batch by name."""
+    def forward(self, batch: Batch, progress: float, work: Callable[[Step], Any] | None = None) -> Any:
+        """Returns the weighted loss terms of one batch by name, or what `work` makes of its step."""
         step = self.make_step(batch, progress)
+        if work is not None:
+            return work(step)
         kept = self.awake_hook("curate", progress)(step=step)
         step = step if kept is None else step.select(kept)
-        terms: dict[str, Tensor] = {}
-        for answer in self.awake_hook("losses", progress)(step=step):
-            merge_unique(terms, answer, "loss term")
         self.scalars = step.scalars
+        return self.losses(step)
+
+    def losses(self, step: Step, *, over_pairs: bool | None = None) -> dict[str, Tensor]:
+        """Returns the weighted loss terms of a step by name.
+
+        Args:
+            step: what the objectives see.
+            over_pairs: only those that are no mean over rows (`accumulates` is false), or only those that are; None for
+                all.
+        """
+        left_out = [n for n, p in self.plugins.items() if over_pairs is not None and _over_pairs(p) != over_pairs]
+        terms: dict[str, Tensor] = {}
+        for answer in self.awake_hook("losses", step.progress, left_out)(step=step):
+            merge_unique(terms, answer, "loss term")
         return terms
 
     def make_step(self, batch: Batch, progress: float) -> Step:
@@ -135,10 +165,10 @@ class SigLIP2Module(LightningModule):
         del encoders[STUDENT]  # it was there so that no plugin takes its name
         return Step(self.model, batch, progress=progress, encoders=encoders, heads=self.heads)
 
-    def awake_hook(self, name: str, progress: float) -> Any:
-        """Returns the caller of a hook that leaves out the plugins asleep at `progress`."""
-        awake = phase_at(self.phases, progress).awake
-        return self.hooks.subset_hook_caller(name, [p for n, p in self.plugins.items() if n not in awake])
+    def awake_hook(self, name: str, progress: float, left_out: Collection[str] = ()) -> Any:
+        """Returns the caller of a hook that leaves out the plugins asleep at `progress`, and those named."""
+        called = set(phase_at(self.phases, progress).awake) - set(left_out)
+        return self.hooks.subset_hook_caller(name, [p for n, p in self.plugins.items() if n not in called])
 
     @property
     def timeline(self) -> Timeline:
@@ -152,16 +182,53 @@ class SigLIP2Module(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.wake_due(self.progress)
-        terms = self(batch, self.progress)
-        total = torch.stack(list(terms.values())).sum()
-        self.log_dict(
-            {f"train/{name}": term.detach() for name, term in terms.items()}, prog_bar=True, batch_size=batch.size
-        )
+        if self.accumulate == 1:
+            terms = self(batch, self.progress)
+            loss = total = torch.stack(list(terms.values())).sum()
+        else:
+            terms, loss = self._in_parts(batch, self.progress)
+            total = torch.stack(list(terms.values())).sum()
+        shown = self.device.type != "xla"  # a bar reads every value back after every step
+        losses = {f"train/{name}": term.detach() for name, term in terms.items()}
+        self.log_dict(losses, prog_bar=shown, batch_size=batch.size)
         self.log("train/loss", total.detach(), batch_size=batch.size)
         self.log_dict({f"train/{name}": value for name, value in self.scalars.items()}, batch_size=batch.size)
         self.log("logit_scale", self.model.logit_scale.detach().exp().mean(), batch_size=batch.size)
         self.log("logit_bias", self.model.logit_bias.detach().mean(), batch_size=batch.size)
-        return total
+        return loss
+
+    def _in_parts(self, batch: Batch, progress: float) -> tuple[dict[str, Tensor], Tensor]:
+        """The loss terms of a batch that is run in parts, and the last part's loss, whose backward pass is left."""
+        self.trainer.optimizers[0].zero_grad()
+        kept = self(batch, progress, lambda step: self.awake_hook("curate", progress)(step=step))
+        batch = batch if kept is None else batch.select(kept)
+        count, scalars = self.accumulate, {}
+        parts = parts_of(batch, count, self.device)
+
+        def pairs(whole: Step) -> Owed:
+            step = WholeStep(whole, [self.make_step(part, progress) for part in parts])
+            owed = owed_by_pairs(step, lambda s: self.losses(s, over_pairs=True), self)
+            scalars.update(step.scalars)
+            return owed
+
+        owed, rows = self(batch, progress, pairs), []
+
+        def one(step: Step, number: int) -> Tensor:
+            rows.append(self.losses(step, over_pairs=False))
+            scalars.update(step.scalars)
+            return part_loss(step, number, count, rows[-1], owed, self)
+
+        for number, part in enumerate(parts):
+            loss: Tensor = self(part, progress, partial(one, number=number))
+            torch.clear_autocast_cache()  # its casts belong to a graph that is gone after the backward pass
+            if number < count - 1:
+                self.trainer.strategy.backward(loss, None)
+        self.scalars = scalars
+        return {**owed.terms, **dict(mean_terms(rows))}, loss
+
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        if self.accumulate == 1:  # else Lightning would zero the gradients of the earlier parts here
+            super().optimizer_zero_grad(*args, **kwargs)
 
     def wake_due(self, progress: float) -> None:
         """Calls `wake` on every plugin whose first step this is."""
@@ -201,14 +268,33 @@ class SigLIP2Module(LightningModule):
                 out[name] = view
         return out
 
+    def configure_model(self) -> None:
+        """Lays the model out for training, once; in a run that only evaluates it stays as it is."""
+        if self._trainer is None:
+            return
+        if isinstance(self._trainer.precision_plugin, HalfPrecision):
+            # it would rebuild batches, which are frozen; pixels are bytes, and the towers know what they take
+            self._trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+        if self._trainer.state.fn != TrainerFn.FITTING or self._laid_out:
+            return
+        self._laid_out = True
+        strategy = self._trainer.strategy
+        check_strategy(strategy)
+        if self.checkpoint_blocks:
+            checkpoint_blocks(self)
+        if self.compile_backend:
+            compile_blocks(self, self.compile_backend)
+        if isinstance(strategy, FSDP2Strategy):
+            shard(self, strategy.mesh)
+
     def configure_optimizers(self) -> Any:
         steps = self.trainer.max_steps
         if steps < 1:
             raise ValueError(
                 "trainer.max_steps is not set: a recipe is a share of its steps, so give the number of optimizer steps"
             )
-        continues = self.warm_start is not None and self.surgery.schedule == "continue"
-        if not continues and not 0 <= self.warmup < steps:
+        begins = self.warm_start is not None and not self.resumed and self.surgery.schedule == "continue"
+        if not begins and self.branch is None and not 0 <= self.warmup < steps:
             raise ValueError(f"model.warmup is {self.warmup} steps, expected fewer than trainer.max_steps = {steps}")
         optimizer = self.make_optimizer(param_groups(self, self.rules))
         if self.trainer.precision != "16-mixed":
@@ -216,6 +302,7 @@ class SigLIP2Module(LightningModule):
             optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         apply_lr_factors(optimizer)
         optimizer.register_load_state_dict_pre_hook(match_state_by_name)
+        optimizer.register_load_state_dict_pre_hook(cut_moments)
         schedule = StepCountLR(optimizer, lambda step: self.timeline.lr_factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -232,33 +319,70 @@ class SigLIP2Module(LightningModule):
             self._check_sleepers()
 
     def _start_warm(self, path: str) -> None:
+        if path == MISSING:
+            raise ValueError(
+                "this recipe is a branch: give the checkpoint that it leaves, for example "
+                "--model.warm_start runs/siglip2-b16-256/progress-0.95.ckpt"
+            )
         checkpoint = read_checkpoint(path)
         ours = checkpoint["siglip2"]
         self._check_text(ours["text"])
+        if self.surgery.schedule == "continue":
+            self.branch = branch_timeline(ours.get("timeline"))
         fitted = fit_state(checkpoint["state_dict"], self, self.surgery)
         self.load_state_dict(fitted.state)
-        self.woken = (set(ours["woken"]) & set(self.plugins)) - fitted.fresh
+        awake = phase_at(self.phases, self.progress).awake  # who sleeps here is woken again
+        self.woken = (set(ours["woken"]) & set(awake)) - fitted.fresh
+        if self.surgery.optimizer:
+            self._check_optimizer(ours.get("optimizer"))
         states = checkpoint.get("optimizer_states") if self.surgery.optimizer else None
         with_state = load_optimizer(self.trainer.optimizers[0], states[0], fitted) if states else None
-        if self.surgery.schedule == "continue":
-            self.branch = branch_timeline(ours["timeline"])
-            for config in self.trainer.lr_scheduler_configs:
-                config.scheduler.load_state_dict(config.scheduler.state_dict())  # its factors are the branch's now
-        report(path, fitted, with_state, self.branch, self.trainer.max_steps)
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.load_state_dict(config.scheduler.state_dict())  # its factors may be a branch's now
+        if self.trainer.is_global_zero:
+            pixels = _differences(self.patchifier.contract(), ours["pixels"], "now", "then")
+            report(path, fitted, with_state, pixels, self.branch, self.trainer.max_steps)
+
+    def _check_optimizer(self, saved: str | None) -> None:
+        found = type(self.trainer.optimizers[0]).__name__
+        if saved not in (None, found):
+            raise ValueError(
+                f"the checkpoint has the state of another optimizer: {saved} there, {found} here. Take the same one, "
+                f"or set model.surgery.optimizer to false to start it fresh"
+            )
 
     def rehearsal_losses(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Returns the loss terms at `progress` under the run's precision."""
         with self.trainer.precision_plugin.train_step_context():
-            return self.forward(batch, progress)
+            # DDP's hooks are around another module; FSDP2's are around this one, and gather its parameters
+            return cast(dict[str, Tensor], self(batch, progress))
 
     def _check_accumulation(self) -> None:
-        inexact = [n for n, p in self.plugins.items() if isinstance(p, Objective) and not p.accumulates]
-        if self.trainer.accumulate_grad_batches > 1 and inexact:
+        inexact = [n for n, p in self.plugins.items() if _over_pairs(p)]
+        batches = self.trainer.accumulate_grad_batches
+        if batches > 1 and inexact:
             raise ValueError(
-                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but {', '.join(inexact)} "
-                f"would see only the pairs inside each micro-batch, or take batch statistics such as a centre from it, "
-                f"which is another loss: set it to 1 and use more devices"
+                f"trainer.accumulate_grad_batches is {batches}, but {', '.join(inexact)} would see only the pairs "
+                f"inside each micro-batch, which is another loss: set it to 1, give the patchifier the whole "
+                f"batch_size, and set model.accumulate to {batches}, which gives the large batch's gradients"
             )
+        if self.accumulate == 1:
+            return
+        if batches > 1:
+            raise ValueError(
+                "model.accumulate and trainer.accumulate_grad_batches are both above 1: set one of them to 1"
+            )
+        shares = self.accumulate * self.trainer.world_size
+        for layout in self.patchifier.layouts:
+            if layout.packed:
+                raise ValueError(
+                    "model.accumulate cannot cut rows that images share: use a patchifier that does not pack"
+                )
+            if layout.batch_size % shares:
+                raise ValueError(
+                    f"the global batch of {layout.batch_size} does not divide into {self.accumulate} parts on each of "
+                    f"{self.trainer.world_size} processes: set the patchifier's batch_size to a multiple of {shares}"
+                )
 
     @property
     def _plain_ddp(self) -> bool:
@@ -292,6 +416,7 @@ class SigLIP2Module(LightningModule):
             "stream": self._stream(),
             "woken": sorted(self.woken),
             "timeline": self._timeline(),
+            "optimizer": type(self.trainer.optimizers[0]).__name__ if self.trainer.optimizers else None,
         }
 
     def _timeline(self) -> dict[str, Any]:
@@ -326,13 +451,15 @@ class SigLIP2Module(LightningModule):
                 f"the checkpoint was trained with other pixels: {'; '.join(differences)}. To start a run at another "
                 f"resolution from it, give it as model.warm_start instead"
             )
+        resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         self.resumed = True
         branch = (ours.get("timeline") or {}).get("branch")
         self.branch = Timeline(**branch) if branch else None
+        if resuming and self.warm_start and not branch:
+            log.warning("resuming from a checkpoint of a run that is no branch: model.warm_start is not read")
         current = self.state_dict()
         fresh = fresh_plugins(checkpoint["state_dict"], current)
         self.woken = (set(ours["woken"]) & set(self.plugins)) - fresh  # what starts fresh is woken again
-        resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         for line in _differences(self._stream(), ours["stream"], "here", "in the checkpoint") if resuming else ():
             log.warning("resuming with another stream of samples: %s", line)
         checkpoint["state_dict"] = reconcile(checkpoint["state_dict"], current)
@@ -342,7 +469,14 @@ class SigLIP2Module(LightningModule):
 
     def _check_text(self, state: Any) -> None:
         if differences := self.tokenizer.differences(Tokenizer.from_state(state)):
-            raise ValueError("the checkpoint was trained with another text contract: " + "; ".join(differences))
+            raise ValueError(
+                f"the checkpoint was trained with another text contract: {'; '.join(differences)}. Set data.text to "
+                f"match; --data.tokenizer CHECKPOINT takes tokenizer and contract out of the file"
+            )
+
+
+def _over_pairs(plugin: nn.Module) -> bool:
+    return isinstance(plugin, Objective) and not plugin.accumulates
 
 
 class Heads(dict[str, nn.Module]):

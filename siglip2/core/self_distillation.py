@@ -75,6 +75,9 @@ class Centre(nn.Module):
     value: Tensor
     """The centre, float32 [K], 0 at the start."""
 
+    _sum: Tensor
+    _count: Tensor
+
     def __init__(self, prototypes: int, *, momentum: float = 0.9):
         super().__init__()
         if prototypes < 2:
@@ -85,10 +88,12 @@ class Centre(nn.Module):
             raise ValueError(f"centre: momentum is {momentum}, expected a share in [0, 1], such as 0.9")
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(prototypes))
+        self.register_buffer("_sum", torch.zeros(prototypes), persistent=False)
+        self.register_buffer("_count", torch.zeros(()), persistent=False)
 
     @torch.no_grad()
-    def update(self, z_teacher_MD: Tensor, prototypes_teacher_KD: Tensor) -> None:
-        """Moves the centre towards the mean logits of a batch; call it once per step, after the loss.
+    def collect(self, z_teacher_MD: Tensor, prototypes_teacher_KD: Tensor) -> None:
+        """Notes the mean logits of a batch, or of each part of one; the centre stays until `move`.
 
         Args:
             z_teacher_MD: the teacher's embeddings, the same M on every rank.
@@ -97,7 +102,16 @@ class Centre(nn.Module):
         mean_D = mean_over_ranks(z_teacher_MD.float().mean(0))
         with torch.autocast(mean_D.device.type, enabled=False):
             mean_K = prototypes_teacher_KD.float() @ mean_D  # logits are linear: their mean is that of the mean
-        self.value.lerp_(mean_K.to(self.value.dtype), 1 - self.momentum)  # bfloat16 if the whole module is
+        self._sum += mean_K.to(self._sum.dtype)  # bfloat16 if the whole module is
+        self._count += 1
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Moves the centre towards the mean of what was collected; call it once per optimizer step."""
+        collected = (self._count > 0).to(self.value.dtype)
+        self.value.lerp_(self._sum / self._count.clamp(min=1), (1 - self.momentum) * collected)
+        self._sum.zero_()
+        self._count.zero_()
 
 
 def check_options(

@@ -1,7 +1,7 @@
 """A run that starts from the checkpoint of another one: towers cut to size, the rest as far as it fits."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from siglip2.core.checkpoint import fresh_plugins, reconcile
 from siglip2.core.model.vision import VisionTower
 from siglip2.core.optim import without_state_of
-from siglip2.core.surgery import resize_kernel, resize_positions
+from siglip2.core.surgery import FILTERS, resize_kernel, resize_positions
 from siglip2.core.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Surgery:
         kernel_antialias: whether that resize is antialiased. big_vision: bilinear, not antialiased.
 
     Raises:
-        ValueError: if there is no such schedule.
+        ValueError: if there is no such schedule or filter.
     """
 
     schedule: str = "continue"
@@ -43,6 +43,8 @@ class Surgery:
     kernel_antialias: bool = False
 
     def __post_init__(self) -> None:
+        if self.kernel_filter not in FILTERS:
+            raise ValueError(f"model.surgery.kernel_filter is '{self.kernel_filter}', expected {' or '.join(FILTERS)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"model.surgery.schedule is '{self.schedule}', expected {' or '.join(SCHEDULES)}")
 
@@ -106,16 +108,21 @@ def _cut(
     return out
 
 
-def branch_timeline(saved: Mapping[str, Any]) -> Timeline:
+def branch_timeline(saved: Mapping[str, Any] | None) -> Timeline:
     """Returns the timeline of a branch from what a checkpoint says of its own (`siglip2.timeline`).
 
     Raises:
-        ValueError: if the run has come to its end, so that nothing of its schedule is left.
+        ValueError: if it says nothing, or the run has come to its end, so that nothing of its schedule is left.
     """
+    if saved is None:
+        raise ValueError(
+            "the checkpoint does not say where its run stood: it is older than branches are. Resume that run for a "
+            "step and save it again, or set model.surgery.schedule to fresh"
+        )
     if saved["position"] >= saved["total"]:
         raise ValueError(
-            f"the checkpoint is from the end of its run ({saved['position']:g} of {saved['total']} steps): nothing of "
-            f"its schedule is left to continue. Take an earlier one, or set model.surgery.schedule to fresh"
+            f"the checkpoint is from the end of its run ({saved['position']:.10g} of {saved['total']} steps): nothing "
+            f"of its schedule is left to continue. Take an earlier one, or set model.surgery.schedule to fresh"
         )
     return Timeline(saved["total"], saved["warmup"], saved["position"], saved["seen"])
 
@@ -127,13 +134,16 @@ def load_optimizer(optimizer: Any, saved: dict[str, Any], fitted: Fitted) -> int
     return len(optimizer.state)
 
 
-def report(path: str, fitted: Fitted, with_state: int | None, timeline: Timeline | None, steps: int) -> None:
+def report(
+    path: str, fitted: Fitted, with_state: int | None, pixels: Sequence[str], timeline: Timeline | None, steps: int
+) -> None:
     """Logs what was kept, resized, and started fresh; what was dropped, `reconcile` has named.
 
     Args:
         path: of the checkpoint.
         fitted: what was done.
         with_state: parameters with optimizer state; None if it was not taken over.
+        pixels: what differs between the two pixel contracts.
         timeline: of the branch; None for a schedule of its own.
         steps: optimizer steps of this run.
     """
@@ -141,13 +151,16 @@ def report(path: str, fitted: Fitted, with_state: int | None, timeline: Timeline
     log.info("warm start from %s: kept %d tensors (%.1f M values)", path, len(fitted.kept), values / 1e6)
     for name, done in fitted.resized.items():
         log.info("  resized %s: %s", name, done)
+    for difference in pixels:
+        log.info("  pixels: %s", difference)
     for name in sorted(fitted.fresh):
         log.info("  fresh: plugin '%s'", name)
     log.info("  optimizer state: %s", "fresh" if with_state is None else f"kept for {with_state} parameters")
     if timeline is not None:
         left = timeline.total - timeline.first
         log.info(
-            "  continues at %.1f %% (step %g of %d, %d examples seen): the %g steps left there are %d here, %.2f times",
+            "  continues at %.1f %% (step %.10g of %d, %d examples seen): the %.10g steps left there are %d here, "
+            "%.3g times",
             100 * timeline.first / timeline.total,
             timeline.first,
             timeline.total,

@@ -57,6 +57,10 @@ class FixedPatchifier:
         side = self.image_size // self.patch_size
         return side, side
 
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return (self.layout(0),)
+
     def layout(self, index: int) -> Layout:
         return Layout(seq_len=self.grid[0] * self.grid[1], batch_size=self.batch_size)
 

@@ -23,7 +23,7 @@ class NaFlexPatchifier:
     Args:
         patch_size: side of a patch in pixels.
         table: side of the square position table.
-        layouts: those of one round, each as often as it comes up in it; every round has an order of its own.
+        round: the layouts of one, each as often as it comes up in it; every round has an order of its own.
         eval_seq_len: patches per image in evaluation.
         max_scale: images are not enlarged beyond this factor; None for no limit.
         seed: of the order of layouts.
@@ -31,7 +31,7 @@ class NaFlexPatchifier:
 
     patch_size: int
     table: int
-    layouts: tuple[Layout, ...]
+    round: tuple[Layout, ...]
     eval_seq_len: int
     max_scale: float | None
     seed: int
@@ -41,9 +41,13 @@ class NaFlexPatchifier:
         """(rows, columns) of the position table, which is resized to the grid of each image."""
         return self.table, self.table
 
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return tuple(dict.fromkeys(self.round))
+
     def layout(self, index: int) -> Layout:
-        number, place = divmod(index, len(self.layouts))
-        return self.layouts[shuffled(self.seed, number, len(self.layouts))[place]]
+        number, place = divmod(index, len(self.round))
+        return self.round[shuffled(self.seed, number, len(self.round))[place]]
 
     def eval_layout(self, batch_size: int) -> Layout:
         return Layout(self.eval_seq_len, batch_size)

@@ -58,6 +58,10 @@ class NaViTPatchifier:
         """(rows, columns) of the position table, which is resized to the grid of each image."""
         return self.table, self.table
 
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return (self.layout(0),)
+
     def layout(self, index: int) -> Layout:
         return self.training
 

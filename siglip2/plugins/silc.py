@@ -57,6 +57,7 @@ class SILC(Objective):
 
     name = "silc"
     needs = ("teacher",)
+    accumulates = True  # a mean over rows under a centre that stays until the step is done
 
     def __init__(
         self,
@@ -112,6 +113,10 @@ class SILC(Objective):
         )
         heads[self.name] = self.head
 
+    @hookimpl
+    def after_step(self) -> None:
+        self.centre.move()
+
     def loss(self, step: Step) -> Tensor:
         """Returns the mean cross-entropy in nats; about ln K at first, the teacher's entropy at best."""
         head_t = step.head(self.name, by="teacher")
@@ -128,5 +133,5 @@ class SILC(Objective):
             temperature_student=self.student_temperature,
             temperature_teacher=value_at(self.teacher_temperature, step.progress),
         )
-        self.centre.update(z_global_Bd, p_t)  # used first, moved then
+        self.centre.collect(z_global_Bd, p_t)
         return loss

@@ -57,6 +57,7 @@ class TIPS(Objective):
 
     name = "tips"
     needs = ("teacher",)
+    accumulates = True  # a mean over rows under a centre that stays until the step is done
 
     def __init__(
         self,
@@ -104,6 +105,10 @@ class TIPS(Objective):
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
         heads[self.name] = self.head
 
+    @hookimpl
+    def after_step(self) -> None:
+        self.centre.move()
+
     def loss(self, step: Step) -> Tensor:
         """Returns the mean cross-entropy in nats over masked patches; about ln K at first."""
         index_BM = step.view("mask").long()
@@ -121,7 +126,7 @@ class TIPS(Objective):
             temperature_student=self.student_temperature,
             temperature_teacher=value_at(self.teacher_temperature, step.progress),
         )
-        self.centre.update(z_teacher_d, p_t)  # used first, moved then
+        self.centre.collect(z_teacher_d, p_t)
         return loss
 
     def _encode_masked(self, step: Step, index_BM: Tensor) -> Tensor:

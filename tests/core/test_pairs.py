@@ -36,6 +36,14 @@ def test_value_and_gradients_are_those_of_the_equation_in_float64(batch_size, bl
         torch.testing.assert_close(gradient.double(), other, rtol=1e-5, atol=1e-6)  # float32 against float64
 
 
+def test_gradients_can_be_asked_for_once():
+    inputs = leaves(6, dtype=torch.float32)
+    loss = pair_loss(*inputs[:2], scale=inputs[2], bias=inputs[3])
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("batch_size", [64, 256])
 def test_nothing_of_the_number_of_pairs_is_kept_for_the_backward_pass(batch_size):
     image, text, scale, bias = leaves(batch_size, dtype=torch.float32)
@@ -80,12 +88,14 @@ def test_another_term_over_pairs_has_its_own_value_and_gradients():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo itself does
-def test_it_is_one_graph_under_compile():
+def test_it_is_one_graph_under_compile_with_torch_xla_loaded():
+    pytest.importorskip("torch_xla")
     inputs = leaves(10, dtype=torch.float32)
 
     def loss(image, text, scale, bias):
         return pair_loss(image, text, scale=scale, bias=bias, block=4)
 
+    torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=False, backend="aot_eager")
     found, wanted = (torch.autograd.grad(function(*inputs), inputs) for function in (compiled, loss))
     for gradient, other in zip(found, wanted, strict=True):

@@ -135,16 +135,31 @@ def centre_by_hand():
 def test_centre_is_the_running_mean_of_the_logits():
     centre, (steps, prototypes) = Centre(5, momentum=MOMENTUM), batches()
     for z in steps:
-        centre.update(z.requires_grad_(), prototypes)
+        centre.collect(z.requires_grad_(), prototypes)
+        centre.move()
     torch.testing.assert_close(centre.value.double(), centre_by_hand(), rtol=1e-5, atol=1e-6)
     assert not centre.value.requires_grad
     assert list(centre.state_dict()) == ["value"]
 
 
+def test_centre_stays_until_it_is_moved_and_then_takes_the_mean_of_all_parts():
+    centre, (steps, prototypes) = Centre(5, momentum=MOMENTUM), batches()
+    for z in steps:
+        for part in z.chunk(3):
+            before = centre.value.clone()
+            centre.collect(part, prototypes)
+            assert torch.equal(centre.value, before)
+        centre.move()
+    torch.testing.assert_close(centre.value.double(), centre_by_hand(), rtol=1e-5, atol=1e-6)
+    centre.move()  # nothing was collected
+    torch.testing.assert_close(centre.value.double(), centre_by_hand(), rtol=1e-5, atol=1e-6)
+
+
 def test_centre_of_a_bfloat16_module_moves_too():
     centre, (steps, prototypes) = Centre(5, momentum=MOMENTUM).bfloat16(), batches()
     for z in steps:
-        centre.update(z.bfloat16(), prototypes.bfloat16())
+        centre.collect(z.bfloat16(), prototypes.bfloat16())
+        centre.move()
     assert centre.value.dtype == torch.bfloat16
     torch.testing.assert_close(centre.value.double(), centre_by_hand(), rtol=0.02, atol=0.01)
 
@@ -172,7 +187,8 @@ def one_rank(number, folder):
     )
     centre, (steps, prototypes) = Centre(5, momentum=MOMENTUM), batches()
     for z in steps:
-        centre.update(z.chunk(RANKS)[number], prototypes)
+        centre.collect(z.chunk(RANKS)[number], prototypes)
+        centre.move()
     torch.save(centre.value, f"{folder}/{number}.pt")
     dist.destroy_process_group()
 
@@ -212,7 +228,8 @@ def assignments_after_training(seed, *, momentum):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        centre.update(z, prototypes)
+        centre.collect(z, prototypes)
+        centre.move()
         for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
             slow.lerp_(fast.detach(), 0.01)
     logits = teacher(torch.randn(1024, 16)) @ teacher.head.prototypes().T

@@ -91,6 +91,8 @@ def test_centre_moves_to_the_mean_of_the_teacher_after_it_was_used():
     step, plugin = step_of(module), module.plugins["silc"]
     before, expected = plugin.centre.value.clone(), equation(step, plugin).item()
     assert plugin.loss(step).item() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(plugin.centre.value, before)
+    plugin.after_step()
     teacher = step.encoders["teacher"]
     z_t, p_t = project(teacher.heads["silc"], teacher.vision(step.view("global")).pooled)
     mean = (z_t @ p_t.T).mean(0)

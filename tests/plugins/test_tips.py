@@ -131,6 +131,8 @@ def test_centre_moves_to_the_mean_over_masked_patches_of_the_teacher():
     step, plugin = step_of(module), module.plugins["tips"]
     before = plugin.centre.value.clone()
     plugin.loss(step)
+    assert torch.equal(plugin.centre.value, before)
+    plugin.after_step()
     teacher = step.encoders["teacher"]
     z_t, p_t = project(teacher.heads["tips"], teacher.vision(step.view("global")).tokens)
     seen = torch.stack([z_t[i, n] for i, row in enumerate(step.view("mask").tolist()) for n in row])

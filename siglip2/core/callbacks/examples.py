@@ -113,7 +113,7 @@ def picture_examples(module: Any, batches: Any, settings: Any) -> tuple[list[Ima
     examples, heatmaps = [], []
     for turn, row in enumerate(spread(len(found.pictures))):
         language, names = languages[turn % len(languages)]
-        vectors_KE = class_vectors(module, names, settings.templates)
+        vectors_KE = class_vectors(module, names, settings.templates, alone=True)
         label = int(found.others["label"][row])
         logits = module.model.logits(found.embedding[row : row + 1].to(module.device), vectors_KE)[0].cpu()
         best = logits.topk(min(TOP, len(names)))

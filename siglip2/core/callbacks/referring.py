@@ -19,6 +19,7 @@ from siglip2.core.data.text import Tokenizer
 from siglip2.core.report.data import ReferringRow
 
 log = logging.getLogger(__name__)
+FINE = 2.0**30  # overlaps are added as integers, so that the sum is the same in any order, on any number of ranks
 HIT = 0.5  # intersection over union from which a box is right, as is usual for referring expressions
 
 
@@ -80,21 +81,21 @@ class BoxAccuracy(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        for name, start in (("hits", 0), ("overlap", 0.0), ("total", 0)):
+        for name, start in (("hits", 0), ("overlap", 0), ("total", 0)):
             self.add_state(name, default=torch.tensor(start), dist_reduce_fx="sum")
 
     def update(self, predicted_B4: Tensor, true_B4: Tensor, real: Tensor) -> None:
         """Takes boxes float [B, 4], row i of each for one text; NaN is wrong, rows that are not `real` do not count."""
         iou_B = box_iou(predicted_B4.float(), true_B4.float()).diagonal().nan_to_num(0.0)
         self.hits += ((iou_B >= HIT) & real).sum()
-        self.overlap += (iou_B * real).sum()
+        self.overlap += ((iou_B * FINE).round().long() * real).sum()
         self.total += real.sum()
 
     def compute(self) -> dict[str, Tensor]:
         """Returns `acc@0.5` and `iou` in [0, 1], and `num_texts`."""
         return {
             f"acc@{HIT}": self.hits / self.total,
-            "iou": self.overlap / self.total,
+            "iou": self.overlap / FINE / self.total,
             "num_texts": self.total,
         }
 

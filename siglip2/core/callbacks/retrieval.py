@@ -12,6 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 from siglip2.core.batch import Batch
 from siglip2.core.callbacks.evaluation import Evaluation
 from siglip2.core.data.datamodule import caption_name
+from siglip2.core.distributed import rank, world_size
 from siglip2.core.report.data import RetrievalRow
 
 KS = (1, 5, 10)
@@ -28,28 +29,42 @@ def match_ranks(z_query_ME: Tensor, z_target_ME: Tensor, *, chunk: int = 1024) -
 
 
 class PairRecall(Metric):
-    """Recall at 1, 5 and 10 of images and texts that belong together pairwise, over all ranks."""
+    """Recall at 1, 5 and 10 of images and texts that belong together pairwise, over all ranks.
+
+    Pairs are put back into the order of the set, so that the products are the same to the last digit on any number of
+    ranks, and a close call falls the same way.
+    """
 
     images: list[Tensor]
     texts: list[Tensor]
     real: list[Tensor]
+    number: list[Tensor]
     full_state_update = False
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("images", "texts", "real"):
+        for name in ("images", "texts", "real", "number"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, z_image_BE: Tensor, z_text_BE: Tensor, real: Tensor) -> None:
-        """Takes unit-norm embeddings, row i of each belonging together where `real` [B] is true."""
+    def update(self, z_image_BE: Tensor, z_text_BE: Tensor, real: Tensor, first: int = 0) -> None:
+        """Takes unit-norm embeddings, row i of each belonging together where `real` [B] is true.
+
+        Args:
+            z_image_BE: unit-norm embeddings of images.
+            z_text_BE: those of their texts.
+            real: bool, which rows count.
+            first: number of the first row in the set.
+        """
+        self.number.append(first + torch.arange(len(real), device=z_image_BE.device))
         self.images.append(z_image_BE.float())
         self.texts.append(z_text_BE.float())
         self.real.append(real)
 
     def compute(self) -> dict[str, Tensor]:
         """Returns `text_to_image@K` and `image_to_text@K` in [0, 1], and `num_pairs`."""
-        real = dim_zero_cat(self.real)
-        images, texts = dim_zero_cat(self.images)[real], dim_zero_cat(self.texts)[real]
+        order = dim_zero_cat(self.number).argsort(stable=True)
+        real = dim_zero_cat(self.real)[order]
+        images, texts = dim_zero_cat(self.images)[order][real], dim_zero_cat(self.texts)[order][real]
         both = {"text_to_image": match_ranks(texts, images), "image_to_text": match_ranks(images, texts)}
         recalls = {f"{way}@{k}": (ranks <= k).float().mean() for way, ranks in both.items() for k in KS}
         return {**recalls, "num_pairs": real.sum()}
@@ -70,7 +85,8 @@ class Retrieval(Evaluation):
         for (name, language), metric in self._metrics.items():
             if name == dataset:
                 real = torch.ones(batch.size, dtype=torch.bool) if batch.real is None else batch.real
-                metric.update(embedded["image"], embedded[caption_name(language)], real)
+                first = (batch.index * world_size() + rank()) * batch.size
+                metric.update(embedded["image"], embedded[caption_name(language)], real, first)
 
     def finish(self) -> dict[str, float]:
         self.rows, scores = [], {}

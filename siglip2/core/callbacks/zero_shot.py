@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from siglip2.core.batch import Batch
 from siglip2.core.callbacks.evaluation import Evaluation
 from siglip2.core.data.settings import ZeroShotSet
+from siglip2.core.distributed import gather, rank, world_size
 from siglip2.core.model.two_towers import unit_norm
 from siglip2.core.report.data import ZeroShotRow
 
@@ -64,16 +65,37 @@ def _names_of(path: str) -> list[dict[str, str]]:
     return names
 
 
-def class_vectors(module: Any, names: Sequence[str], templates: Sequence[str], *, batch_size: int = 256) -> Tensor:
+def class_vectors(
+    module: Any, names: Sequence[str], templates: Sequence[str], *, batch_size: int = 256, alone: bool = False
+) -> Tensor:
     """Returns one unit-norm vector per class, [K, E]: the mean over prompts of normalised text embeddings, normalised.
 
+    Every rank encodes its share of the batches of prompts; a batch is the same on any number of ranks, and so are its
+    embeddings to the last digit.
+
     Source: google-research/big_vision, evaluators/proj/image_text/discriminative_classifier.py.
+
+    Args:
+        module: encodes the texts.
+        names: of the classes.
+        templates: prompts with `{}` for the name.
+        batch_size: prompts that are encoded at once.
+        alone: only this rank calls, and encodes everything: the first one, for its report.
     """
+    ranks, own_rank = (1, 0) if alone else (world_size(), rank())
     prompts = [template.format(name) for name in names for template in templates]
-    ids = module.tokenizer.encode(prompts)
-    parts = [
-        module.model.encode_text(part.to(module.device)).embedding for part in torch.as_tensor(ids).split(batch_size)
-    ]
+    batches = torch.as_tensor(module.tokenizer.encode(prompts)).split(batch_size)
+    rounds = -(-len(batches) // ranks)  # a rank without a batch in the last one makes any, so that none waits
+    own = [batches[min(i * ranks + own_rank, len(batches) - 1)] for i in range(rounds)]
+    parts = []
+    for number, batch in enumerate(own):
+        z_BE = module.model.encode_text(batch.to(module.device)).embedding
+        filled = z_BE.new_zeros(batch_size, z_BE.shape[1])  # the last batch is shorter
+        filled[: len(batch)] = z_BE
+        joined = filled if alone else gather(filled)
+        everyone = joined.unflatten(0, (ranks, batch_size))  # those of this round, in order
+        sizes = [len(b) for b in batches[number * ranks : (number + 1) * ranks]]
+        parts += [found[:size] for found, size in zip(everyone, sizes, strict=False)]
     return unit_norm(torch.cat(parts).unflatten(0, (len(names), len(templates))).mean(1))
 
 

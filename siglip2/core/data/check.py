@@ -1,31 +1,58 @@
 """A look at the first samples of a source, before training relies on them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from siglip2.core.data.fields import BadSample, Sample
 from siglip2.core.data.source import Source
 
 
-def check_source(source: Source, fields_needed: Sequence[str] = ("image", "caption"), num: int = 2) -> None:
+def check_source(
+    source: Source,
+    fields_needed: Sequence[str] = ("image", "caption"),
+    num: int = 2,
+    use: Callable[[int], Any] | None = None,
+) -> None:
     """Read the first samples of the first and last shard, so that a wrong field name fails now, not never.
 
     Args:
         source: what to check.
         fields_needed: fields that training will ask for.
         num: samples to read of each of the two shards.
+        use: what training does with sample i: makes its views. Its own errors pass, BadSample is forgiven to all but
+            one sample of a shard.
 
     Raises:
-        ValueError: if a field can be read from none of a shard's samples; lists what they have and a fix.
+        ValueError: if a field can be read from none of a shard's samples, or none can be used; lists what they have and
+            a fix.
     """
     sizes = source.shard_sizes()
     filled = [shard for shard, size in enumerate(sizes) if size]
     for shard in dict.fromkeys([filled[0], filled[-1]]):
         start = sum(sizes[:shard])
-        samples, errors = _readable(source, range(start, start + min(num, sizes[shard])))
+        indices = range(start, start + min(num, sizes[shard]))
+        samples, errors = _readable(source, indices)
         for name in fields_needed:
             reasons = errors + [str(error) for sample in samples if (error := _unusable(sample, name))]
             if len(reasons) == len(errors) + len(samples):
                 raise ValueError(_explain(source, name, samples, reasons))
+        if use is not None:
+            _try_out(source, indices, use)
+
+
+def _try_out(source: Source, indices: range, use: Callable[[int], Any]) -> None:
+    refused: list[BadSample] = []
+    for i in indices:
+        try:
+            use(i)
+        except BadSample as error:
+            refused.append(error)
+    if len(refused) == len(indices):
+        how = "; ".join(getattr(refused[0], "__notes__", ()))
+        raise ValueError(
+            f"{source.name}: none of the first {len(indices)} samples of a shard can be used. {refused[0]}"
+            + (f" ({how})" if how else "")
+        )
 
 
 def _readable(source: Source, indices: range) -> tuple[list[Sample], list[str]]:

@@ -1,9 +1,11 @@
 """The Lightning datamodule: sources, tokenizer and views of a recipe, as loaders."""
 
+import logging
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import combinations
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader
 from siglip2.core.batch import Batch
 from siglip2.core.checkpoint import read_checkpoint
 from siglip2.core.data.check import check_source
-from siglip2.core.data.loader import EvalBatches, FromIndex, Maker, ResumableLoader, TrainBatches
+from siglip2.core.data.loader import EvalBatches, FromIndex, Maker, Noticeboard, ResumableLoader, TrainBatches
 from siglip2.core.data.order import Order
 from siglip2.core.data.predicting import PicturesToRank
 from siglip2.core.data.settings import PredictSet, ReferringSet, RetrievalSet, TextOptions, TrainSet, ZeroShotSet
@@ -27,8 +29,8 @@ from siglip2.core.regions import RegionBox, RegionText
 from siglip2.core.timeline import Timeline
 from siglip2.core.views import IMAGE, LabelView, TextView, View
 
+log = logging.getLogger(__name__)
 EvalSet = ZeroShotSet | RetrievalSet | ReferringSet
-LAYOUTS_SEEN = 64  # batches among which the longest is looked for
 FIELDS_NEEDED = {
     ZeroShotSet: ("image", "label"),
     RetrievalSet: ("image", "caption"),
@@ -74,6 +76,8 @@ class SigLIP2Data(LightningDataModule):
         self.zero_shot, self.retrieval = dict(zero_shot or {}), dict(retrieval or {})
         self.referring = dict(referring or {})
         self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
+        self.boards: dict[str, Noticeboard] = {}
+        self._eval_sources: dict[str, Source] = {}
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         kinds = {"zero-shot": set(self.zero_shot), "retrieval": set(self.retrieval), "referring": set(self.referring)}
         for (a, some), (b, others) in combinations(kinds.items(), 2):
@@ -108,7 +112,50 @@ class SigLIP2Data(LightningDataModule):
 
     @property
     def _train_maker(self) -> Maker:
-        return Maker(self.train_source, self.patchifier, self.tokenizer, self.seed, self._train_set.languages)
+        return Maker(
+            self.train_source,
+            self.patchifier,
+            self.tokenizer,
+            self.seed,
+            self._train_set.languages,
+            self._board("train"),
+        )
+
+    def _board(self, name: str) -> Noticeboard:
+        """Where the workers of a loader note what they read; the watchdog looks at `boards`."""
+        return self.boards.setdefault(name, Noticeboard(self.num_workers))
+
+    def setup(self, stage: str) -> None:
+        """Before `fit`: makes every view of two samples of the first and the last shard of every set.
+
+        Raises:
+            ValueError: if a field is missing or no sample can be used; names source, shard, key and field.
+        """
+        if stage != "fit" or self.train is None:
+            return
+        begin = time.monotonic()
+        maker, layout = self._train_maker, replace(self.patchifier.layout(0), batch_size=1)
+        for phase in phases(self.recipe_plugins):
+            views = self.views_of(phase)
+            check_source(self.train_source, (), use=partial(maker.row, position=0, views=views, layout=layout))
+        evaluated = self.eval_sets if self.trainer is None or self.trainer.limit_val_batches else {}
+        sizes = [f"{name} {self.eval_batches(name).num_samples}" for name in evaluated]
+        if self.trainer is None or self.trainer.is_global_zero:
+            beside = f"; evaluation: {', '.join(sizes)}" if sizes else ""
+            log.info("data: %s%s (checked in %.1f s)", self._train_size(), beside, time.monotonic() - begin)
+
+    def _train_size(self) -> str:
+        """How much there is to train on, for how many readers."""
+        shards = len(self.train_source.shard_sizes())
+        ranks, workers = self.trainer.world_size if self.trainer else 1, max(1, self.num_workers)
+        text = f"{len(self.train_source)} samples in {shards} shard{'s' * (shards > 1)}"
+        text += f" for {ranks} rank{'s' * (ranks > 1)} x {workers} worker{'s' * (workers > 1)}"
+        if 1 < shards < ranks * workers:
+            text += (
+                ", which share shards: samples are read at random, so that each is used all the same. From remote or "
+                "spinning disks, more shards than readers are faster"
+            )
+        return text
 
     @property
     def eval_sets(self) -> dict[str, EvalSet]:
@@ -136,8 +183,7 @@ class SigLIP2Data(LightningDataModule):
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
-        begin: float = 0.0,
-        examples: int = 0,
+        timeline: Timeline | None = None,
     ) -> TrainBatches:
         """Returns the map from batch number to batch, for one rank.
 
@@ -146,8 +192,7 @@ class SigLIP2Data(LightningDataModule):
             accumulate: micro-batches per optimizer step.
             rank: this process among `world_size`.
             world_size: processes that share each batch.
-            begin: progress at batch 0.
-            examples: examples that were trained on before batch 0.
+            timeline: where the run stands in the whole; None for a whole one.
         """
         order = Order(self.train_source.shard_sizes(), self.seed, window=self._train_set.window)
         views = [(phase.start, self.views_of(phase)) for phase in phases(self.recipe_plugins)]
@@ -159,8 +204,7 @@ class SigLIP2Data(LightningDataModule):
             accumulate=accumulate,
             rank=rank,
             world_size=world_size,
-            begin=begin,
-            examples=examples,
+            timeline=timeline,
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -168,20 +212,18 @@ class SigLIP2Data(LightningDataModule):
         assert trainer is not None
         accumulate = trainer.accumulate_grad_batches
         total = trainer.max_steps * accumulate
-        timeline: Timeline = cast(Any, trainer.lightning_module).timeline
         batches = self.train_batches(
             max_batches=total,
             accumulate=accumulate,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            begin=timeline.progress(0, 1),
-            examples=timeline.examples,
+            timeline=cast(Any, trainer.lightning_module).timeline,
         )
         return self._loader(batches, FromIndex(trainer.global_step * accumulate, total))
 
     def rehearsal_batch(self, phase: Phase) -> Batch:
         """Returns two samples with the views of a phase, in the longest layout."""
-        longest = max((self.patchifier.layout(i) for i in range(LAYOUTS_SEEN)), key=lambda layout: layout.seq_len)
+        longest = max(self.patchifier.layouts, key=lambda layout: layout.seq_len)
         layout = replace(longest, batch_size=min(2, longest.batch_size))
         views = self.views_of(phase)
         return EvalBatches(self._train_maker, views, batch_size=layout.batch_size, layout=layout)[0]
@@ -199,9 +241,7 @@ class SigLIP2Data(LightningDataModule):
     def eval_batches(self, name: str, *, rank: int = 0, world_size: int = 1) -> EvalBatches:
         """Returns the batches of the evaluation set called `name`, for one rank."""
         dataset = self.eval_sets[name]
-        source = open_source(dataset.path, format=dataset.format, fields=dataset.fields)
-        check_source(source, FIELDS_NEEDED[type(dataset)])
-        maker = Maker(source, self.patchifier, self.tokenizer, self.seed)
+        maker = Maker(self._eval_source(name), self.patchifier, self.tokenizer, self.seed, board=self._board(name))
         return EvalBatches(
             maker,
             self.eval_views(dataset),
@@ -210,6 +250,17 @@ class SigLIP2Data(LightningDataModule):
             world_size=world_size,
             limit=dataset.limit,
         )
+
+    def _eval_source(self, name: str) -> Source:
+        """The samples of an evaluation set, opened and checked once."""
+        if name not in self._eval_sources:
+            dataset, layout = self.eval_sets[name], self.patchifier.eval_layout(1)
+            source = open_source(dataset.path, format=dataset.format, fields=dataset.fields)
+            maker = Maker(source, self.patchifier, self.tokenizer, self.seed)
+            use = partial(maker.row, position=0, views=self.eval_views(dataset), layout=layout)
+            check_source(source, FIELDS_NEEDED[type(dataset)], use=use)
+            self._eval_sources[name] = source
+        return self._eval_sources[name]
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         assert self.trainer is not None

@@ -1,13 +1,19 @@
 """Batches as a pure function of their number: what makes resume exact and the number of workers irrelevant."""
 
+import ctypes
+import multiprocessing.context
+import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from multiprocessing.sharedctypes import RawArray
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from siglip2.core.batch import Batch, Fault, Pack, collate
 from siglip2.core.data.fields import BadSample
@@ -15,10 +21,62 @@ from siglip2.core.data.order import Order
 from siglip2.core.data.source import Source
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.layout import Layout, Packer, Patchifier, Positions
+from siglip2.core.timeline import Timeline
 from siglip2.core.views import Context, View
 
 ATTEMPTS = 32
-LAYOUTS_CHECKED = 256  # batches whose sizes must divide over the ranks before training starts
+NOTE_BYTES = 512  # of one worker
+
+
+@runtime_checkable
+class KnowsKeys(Protocol):
+    """A source that can name a sample without reading it."""
+
+    def key(self, i: int) -> str:
+        """The key of sample i."""
+        ...
+
+
+class Noticeboard:
+    """What each loader worker is reading, in memory that it shares with the training process.
+
+    A worker writes a line before each sample, which takes microseconds; when a batch does not come, the watchdog reads
+    them. A copy that is not made for a worker has memory of its own.
+
+    Args:
+        workers: loader processes; with none, the training process has the one place.
+    """
+
+    def __init__(self, workers: int):
+        self.workers = workers
+        self._notes: Any = RawArray(ctypes.c_char, max(1, workers) * NOTE_BYTES)
+
+    def write(self, text: str) -> None:
+        """Notes what this worker begins to do; an empty text says that it does nothing."""
+        worker = get_worker_info()
+        begin = NOTE_BYTES * (worker.id if worker else 0)
+        line = f"{time.monotonic():.3f} {text}".encode()[: NOTE_BYTES - 1] + b"\0" if text else b"\0"
+        self._notes[begin : begin + len(line)] = line
+
+    def read(self) -> list[tuple[int, str, float]]:
+        """Returns (worker, what it does, for how many seconds) of each worker that does something."""
+        found = []
+        for worker in range(max(1, self.workers)):
+            begin = worker * NOTE_BYTES
+            since, _, text = self._notes[begin : begin + NOTE_BYTES].split(b"\0")[0].partition(b" ")
+            if text:
+                found.append((worker, text.decode(errors="replace"), time.monotonic() - float(since)))
+        return found
+
+    def __reduce__(self) -> Any:
+        shared = multiprocessing.context.get_spawning_popen() is not None
+        return _noticeboard, (self.workers, self._notes if shared else None)
+
+
+def _noticeboard(workers: int, notes: Any) -> Noticeboard:
+    board = Noticeboard(workers)
+    board._notes = notes or board._notes
+    return board
 
 
 class Row(NamedTuple):
@@ -39,6 +97,7 @@ class Maker:
         tokenizer: text to ids.
         seed: with the position of a sample it decides every random choice.
         languages: share of each language among captions; None draws evenly.
+        board: where to note what is being read.
     """
 
     source: Source
@@ -46,12 +105,39 @@ class Maker:
     tokenizer: Tokenizer
     seed: int
     languages: Mapping[str, float] | None = None
+    board: Noticeboard | None = field(default=None, compare=False, repr=False)
 
     def row(self, sample_index: int, *, position: int, views: Sequence[View], layout: Layout) -> Row:
         """Returns the views of one sample; raises BadSample."""
+        self.note(lambda: f"reading {self._place(sample_index)}")
         sample = self.source.read(sample_index)
-        made = {view.name: view(sample, self._context(view, position, layout)) for view in views}
+        self.note(lambda: f"making views of {sample.where}, key {sample.key},")
+        made: dict[str, Any] = {}
+        for view in views:
+            try:
+                made[view.name] = view(sample, self._context(view, position, layout))
+            except Exception as error:
+                error.add_note(f"while making the view '{view.name}' of {sample.where}, key {sample.key}")
+                raise
         return Row(sample.key, made, [Fault(sample.where, sample.key, reason) for reason in sample.notes])
+
+    def note(self, text: Callable[[], str]) -> None:
+        """Notes what this worker begins to do, if there is a board."""
+        if self.board is not None:
+            self.board.write(text())
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        return np.cumsum(self.source.shard_sizes())
+
+    def _place(self, i: int) -> str:
+        """Shard and key of a sample that has not been read; where keys are not known, its number in the shard."""
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        names = getattr(self.source, "shards", None)
+        where = names[shard] if names else self.source.name
+        if isinstance(self.source, KnowsKeys):
+            return f"{where}, key {self.source.key(i)},"
+        return f"{where}, sample {i - int(self._ends[shard - 1] if shard else 0)} of it,"
 
     def pack(self, layout: Layout) -> Pack | None:
         """Returns what joins images into shared rows; None where each has its own.
@@ -81,8 +167,7 @@ class TrainBatches(Dataset[Batch]):
         accumulate: micro-batches per optimizer step; views change between steps, never inside one.
         rank: this process among `world_size`.
         world_size: processes that share each batch evenly.
-        begin: progress at batch 0: 0, or where a branch leaves the run that it continues.
-        examples: examples that were trained on before batch 0; the stream goes on behind them.
+        timeline: where the run stands in the whole; None for a whole one.
 
     Raises:
         ValueError: if a batch size does not divide over the ranks.
@@ -98,16 +183,15 @@ class TrainBatches(Dataset[Batch]):
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
-        begin: float = 0.0,
-        examples: int = 0,
+        timeline: Timeline | None = None,
     ):
         self.accumulate = accumulate
         self.maker, self.order, self.views = maker, order, tuple(views)
         self.max_batches, self.rank, self.world_size = max_batches, rank, world_size
-        self.begin, self.examples = begin, examples
+        self.timeline = timeline or Timeline(total=max_batches // accumulate, warmup=0)
         self._positions = Positions(maker.patchifier)
-        for index in range(min(max_batches, LAYOUTS_CHECKED)):
-            share(maker.patchifier.layout(index), world_size)
+        for layout in maker.patchifier.layouts:
+            share(layout, world_size)
 
     def __len__(self) -> int:
         return self.max_batches
@@ -115,14 +199,15 @@ class TrainBatches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         layout = self.maker.patchifier.layout(index)
         size = share(layout, self.world_size)
-        first = self.examples + self._positions.before(index) + self.rank * size
-        done = index // self.accumulate / (self.max_batches // self.accumulate)
-        views = self.views_at(self.begin + (1 - self.begin) * done)
+        first = self.timeline.examples + self._positions.before(index) + self.rank * size
+        step, steps = index // self.accumulate, self.max_batches // self.accumulate
+        views = self.views_at(self.timeline.progress(step, steps))  # to the last bit what the module calls progress
         _, samples = self.order.many(first, size)
         faults: list[Fault] = []
         rows = []
         for position, sample in enumerate(samples.tolist(), start=first):
             rows.append(self._good_row(sample, position, views, layout, faults))
+        self.maker.note(str)
         return join(rows, size=size, index=index, faults=faults, pack=self.maker.pack(layout))
 
     def views_at(self, progress: float) -> tuple[View, ...]:
@@ -191,6 +276,7 @@ class EvalBatches(Dataset[Batch]):
             row, good = self._row(position, self.layout, faults)
             rows.append(row)
             real.append(good and position < self.num_samples)
+        self.maker.note(str)
         pack = self.maker.pack(self.layout)
         batch = join(rows, size=self.batch_size, index=index, faults=faults, pack=pack)
         return replace(batch, real=torch.tensor(real))
@@ -239,7 +325,7 @@ def share(layout: Layout, world_size: int) -> int:
         lower = layout.batch_size // world_size * world_size
         options = " or ".join(f"{size}" for size in (lower, lower + world_size) if size)
         raise ValueError(
-            f"the global batch of {layout.batch_size} does not divide over {world_size} processes: set the "
-            f"patchifier's batch_size to {options}"
+            f"the global batch of {layout.batch_size} (those of {layout.seq_len} patches) does not divide over "
+            f"{world_size} processes: set the patchifier's batch_size, or its batch_sizes or divisor, to {options}"
         )
     return layout.batch_size // world_size

@@ -1,5 +1,7 @@
 """A wrong field name fails before training, with what there is and the fix."""
 
+from functools import partial
+
 import pytest
 from toy_samples import picture, write_shard
 from webdataset import TarWriter
@@ -41,3 +43,33 @@ def test_check_forgives_one_bad_sample_but_not_all(shards):
     check_source(open_source(str(shards)))
     with pytest.raises(ValueError, match="no image in the first 1 samples of a shard. .* not an image file"):
         check_source(open_source(str(shards)), num=1)
+
+
+def test_check_uses_two_samples_of_the_first_and_of_the_last_shard(shards):
+    used = []
+    check_source(open_source(str(shards)), use=used.append)
+    assert used == [0, 1, 7, 8]
+
+
+def test_check_forgives_one_sample_that_cannot_be_used_but_not_all_of_a_shard(shards):
+    source = open_source(str(shards))
+
+    def use(i, refused):
+        if i in refused:
+            error = source.read(i).bad("too dark")
+            error.add_note("while making the view 'image'")
+            raise error
+
+    check_source(source, use=partial(use, refused=(0, 8)))
+    with pytest.raises(ValueError) as caught:
+        check_source(source, use=partial(use, refused=(7, 8)))
+    message = f"{source.name}: none of the first 2 samples of a shard can be used. {shards / '00002.tar'}: sample"
+    assert str(caught.value) == f"{message} '000000007': too dark (while making the view 'image')"
+
+
+def test_check_lets_errors_of_the_user_of_samples_pass(shards):
+    def use(i):
+        raise KeyError("no such option")
+
+    with pytest.raises(KeyError):
+        check_source(open_source(str(shards)), use=use)

@@ -1,6 +1,8 @@
 """A recipe's data: views merged, tokenizer and seed found, public layouts read as they are."""
 
 import json
+import logging
+from dataclasses import dataclass
 
 import lightning
 import pytest
@@ -11,6 +13,7 @@ from webdataset import TarWriter
 from siglip2 import Plugin, TextView, hookimpl
 from siglip2.cli.training import SigLIP2CLI
 from siglip2.core.data.datamodule import SigLIP2Data, read_tokenizer
+from siglip2.core.data.fields import Fields
 from siglip2.core.data.settings import RetrievalSet, TextOptions, TrainSet, ZeroShotSet
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.layout import phases
@@ -38,6 +41,17 @@ class Again(German):
     @hookimpl
     def views(self):
         return [TextView("caption")]
+
+
+@dataclass(frozen=True)
+class DarkView:
+    """A view that takes no sample."""
+
+    name: str = "dark"
+    copies: int = 1
+
+    def __call__(self, sample, context):
+        raise sample.bad("too dark")
 
 
 @pytest.fixture
@@ -166,3 +180,38 @@ def test_img2dataset_shards_train_as_they_are(data, shards):
     before = contents(shards)
     assert trained_on(data(shards), 12) == {f"{i:09d}": f"text {i} 猫" for i in range(12)}
     assert contents(shards) == before
+
+
+def test_before_a_run_every_set_is_looked_at_and_counted_against_its_readers(data, toy_shards, caplog):
+    pairs = {"pairs": RetrievalSet(str(toy_shards), languages=["en"], fields=Fields(caption="json.caption"))}
+    with caplog.at_level(logging.INFO):
+        data(toy_shards, retrieval=pairs, num_workers=2).setup("fit")
+        data(toy_shards, num_workers=3).setup("fit")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("data: 16 samples in 2 shards for 1 rank x 2 workers; evaluation: pairs 16 (checked in ")
+    assert "2 shards for 1 rank x 3 workers, which share shards: samples are read at random" in second
+
+
+def test_before_a_run_a_sample_that_no_view_can_be_made_of_is_named_with_its_shard_and_view(data, toy_shards):
+    class Dark(Plugin):
+        """Reads what no picture has."""
+
+        name = "dark"
+
+        @hookimpl
+        def views(self):
+            return [DarkView()]
+
+    with pytest.raises(ValueError) as error:
+        data(toy_shards, [Dark(start=0.5)]).setup("fit")
+    message = str(error.value)
+    assert f"none of the first 2 samples of a shard can be used. {toy_shards}/00000.tar: sample '0000'" in message
+    assert f"while making the view 'dark' of {toy_shards}/00000.tar, key 0000" in message
+
+
+def test_before_a_run_an_evaluation_set_without_its_field_is_refused(data, toy_shards, tmp_path):
+    with open(tmp_path / "a.tar", "wb") as file, TarWriter(file) as tar:
+        tar.write({"__key__": "0", "jpg": picture(0)})
+    pairs = {"pairs": RetrievalSet(str(tmp_path / "a.tar"))}
+    with pytest.raises(ValueError, match=r"a\.tar: no caption in the first 1 samples of a shard.*sample '0'"):
+        data(toy_shards, retrieval=pairs).setup("fit")

@@ -188,8 +188,10 @@ def test_evaluation_set_without_a_good_sample_is_an_error():
 def test_batch_that_does_not_divide_says_what_would(batch_size, ranks, advice):
     with pytest.raises(ValueError) as error:
         share(Layout(4, batch_size), ranks)
-    text = f"the global batch of {batch_size} does not divide over {ranks} processes: set the patchifier's batch_size"
-    assert str(error.value) == f"{text} to {advice}"
+    assert str(error.value) == (
+        f"the global batch of {batch_size} (those of 4 patches) does not divide over {ranks} processes: set the "
+        f"patchifier's batch_size, or its batch_sizes or divisor, to {advice}"
+    )
 
 
 def test_batch_that_divides_is_shared_evenly():

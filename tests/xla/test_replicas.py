@@ -1,0 +1,45 @@
+"""Losses on XLA replicas, through our collectives, are those of one process."""
+
+import pytest
+from xla_process import run_alone
+
+pytestmark = pytest.mark.xla
+ENOUGH_THREADS = {"CPU_NUM_DEVICES": "2", "XLA_THREAD_POOL_SIZE": "32", "PJRT_CPU_ASYNC_CLIENT": "0"}
+
+
+@pytest.fixture(scope="module")
+def run():
+    """What replicas.py found out."""
+    return run_alone("replicas.py", **ENOUGH_THREADS)
+
+
+def test_replicas_know_their_number(run):
+    assert run["world_sizes"] == [2, 2]
+
+
+def test_losses_over_two_steps_are_those_of_one_process(run):
+    for losses in run["losses"]:
+        assert losses == pytest.approx(run["expected"], rel=1e-6)
+    assert run["expected"][1] != pytest.approx(run["expected"][0], rel=1e-4)  # the centre and the teacher have moved
+
+
+def test_every_gradient_is_that_of_one_process(run):
+    """Of the largest gradient: float32 sums over the rows, in another order."""
+    assert max(run["gradients"]) < 1e-6
+
+
+def test_centre_is_a_mean_over_replicas(run):
+    assert run["centre"] < 1e-6
+
+
+def test_gather_has_the_gradient_of_one_process(run):
+    """torch_xla's own all_gather drops what the other replica asks of a row, about half of it."""
+    assert run["pairs"] < 1e-6
+
+
+def test_ring_brings_what_the_rank_to_the_left_holds(run):
+    (texts, gradients), (back, gradients_back) = run["from_left"]
+    assert texts == [[1.0] * 3] * 2
+    assert gradients == [[11.0] * 3] * 2
+    assert back == [[0.0] * 3] * 2
+    assert gradients_back == [[10.0] * 3] * 2
