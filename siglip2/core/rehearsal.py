@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from siglip2.core.layout import Phase
 
@@ -45,11 +46,15 @@ def _backward(total: Tensor, module: nn.Module) -> list[str]:
     """Runs the backward pass of a loss; the names of the trainable parameters that no gradient reaches.
 
     It leaves `.grad` alone: DDP's reducer notes every parameter that gets one, and would take the first training step
-    for one that uses them all.
+    for one that uses them all. Where gradients come only with `.grad`, nothing takes such notes: under FSDP2 the graph
+    ends in gathered copies of the parameters, and on XLA a block that is recomputed answers no other call.
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     if not total.requires_grad:
         return list(trained)
+    if isinstance(module, FSDPModule) or total.device.type == "xla":
+        total.backward()
+        return [name for name, parameter in trained.items() if parameter.grad is None]
     gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
     return [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
 

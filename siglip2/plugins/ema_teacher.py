@@ -29,7 +29,8 @@ class EMATeacher(Plugin):
         stop: progress in [0, 1] from which it sleeps: it moves no more, but stays in memory and in checkpoints.
 
     Raises:
-        ValueError: if the momentum is outside [0, 1].
+        ValueError: if the momentum is outside [0, 1], or the teacher is to be kept in 16 bits (trainer.precision is
+            bf16-true or 16-true).
     """
 
     name = "ema_teacher"
@@ -50,6 +51,12 @@ class EMATeacher(Plugin):
 
     @hookimpl
     def encoders(self) -> dict[str, nn.Module]:
+        dtype = next(self.parameters()).dtype
+        if dtype.itemsize < 4:
+            raise ValueError(
+                f"ema_teacher: the teacher is in {dtype}, in which a step of 0.4 % of a small difference rounds to "
+                f"nothing: it would stay where it is. Set trainer.precision to bf16-mixed"
+            )
         return {"teacher": self}
 
     def forward(self, images: Patches) -> Any:

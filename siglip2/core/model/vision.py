@@ -23,9 +23,9 @@ class VisionOutput(NamedTuple):
     pooled: Tensor
 
 
-def to_unit_range(pixels: Tensor) -> Tensor:
-    """Maps uint8 pixels to [-1, 1] float32 (mean and std 0.5)."""
-    return pixels.float() / 127.5 - 1
+def to_unit_range(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Maps uint8 pixels to [-1, 1] (mean and std 0.5), computed in float32 and rounded to the weights' `dtype`."""
+    return (pixels.float() / 127.5 - 1).to(dtype)
 
 
 class VisionTower(nn.Module):
@@ -69,7 +69,7 @@ class VisionTower(nn.Module):
         packing = images.packing
         if packing is not None and masked_BN is not None:
             raise ValueError("patches cannot be masked where images share rows: use a patchifier that does not pack")
-        x = self.embed(to_unit_range(images.patches))  # [B, N, P] -> [B, N, D]
+        x = self.embed(to_unit_range(images.patches, self.embed.weight.dtype))  # [B, N, P] -> [B, N, D]
         if masked_BN is not None and mask_token_D is not None:
             x = torch.where(masked_BN[..., None], mask_token_D.to(x.dtype), x)
         x = x + self._positions(images)
@@ -160,7 +160,9 @@ class TimmVisionTower(nn.Module):
             raise ValueError(
                 "a timm vision tower needs whole images: use a patchifier of one fixed grid or drop `model.timm`"
             )
-        pixels = to_unit_range(unpatchify(images.patches, images.grid))  # [B, N, P] -> [B, 3, H, W]
+        pixels = to_unit_range(
+            unpatchify(images.patches, images.grid), next(self.trunk.parameters()).dtype
+        )  # [B, N, P] -> [B, 3, H, W]
         tokens = self.trunk.forward_features(pixels)
         prefix = getattr(self.trunk, "num_prefix_tokens", 0)
         return VisionOutput(tokens[:, prefix:], self.trunk.forward_head(tokens, pre_logits=True))
