@@ -88,8 +88,8 @@ def param_groups(module: nn.Module, rules: Iterable[Rule]) -> list[dict[str, Any
     """Groups the trainable parameters by what the rules say of them.
 
     Returns:
-        Groups for `torch.optim`, with `params` as (name, parameter) pairs, `lr_factor`, and `weight_decay` 0.0 where
-        none applies.
+        Groups for `torch.optim`, with `params` as (name, parameter) pairs, `lr_factor`, `weight_decay` 0.0 where none
+        applies, and `fused` false on XLA.
     """
     rules = list(rules)
     groups: dict[Settled, dict[str, Any]] = {}
@@ -100,6 +100,8 @@ def param_groups(module: nn.Module, rules: Iterable[Rule]) -> list[dict[str, Any
         empty: dict[str, Any] = {"params": [], "lr_factor": says.lr}
         group = groups.setdefault(says, empty if says.decay else {**empty, "weight_decay": 0.0})
         group["params"].append((name, parameter))
+        if parameter.device.type == "xla":
+            group["fused"] = False  # torch has no fused kernel there, and optimizers ask for it by default
     return list(groups.values())
 
 
