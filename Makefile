@@ -45,6 +45,8 @@ bench: env
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/crops.py
 	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/naflex.py
+	$(BIN)/python benchmarks/naflex_loader.py
 
 clean:
 	rm -rf $(VENV) data runs dist
