@@ -116,7 +116,8 @@ def rows(counted: Counted, args: argparse.Namespace) -> dict[str, str]:
     ring = 2 * texts * (args.chips - 1)
     hops = 1e-6 * args.latency * (args.chips - 1)
     out["ring of texts and their gradients"] = (
-        f"{ring / GIGA:.2f} GB, {1e3 * ring / (args.link * GIGA):.1f} ms + {1e3 * hops:.0f} ms for {args.chips - 1} hops"
+        f"{ring / GIGA:.2f} GB, {1e3 * ring / (args.link * GIGA):.1f} ms + {1e3 * hops:.0f} ms "
+        f"for {args.chips - 1} hops"
     )
     out["texts gathered instead"] = f"{texts * args.chips / GIGA:.2f} GB held on each chip"
     out["logits of a chip, all texts at once"] = f"{4 * images * args.batch_size / 2**20:.1f} MiB"
