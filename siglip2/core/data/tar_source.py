@@ -70,11 +70,8 @@ class TarSource:
 
     def read(self, i: int) -> Sample:
         """Sample i with the members a field may be in; BadSample if one is too large or the shard ends inside it."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)} in {self.name}")
-        shard = int(np.searchsorted(self._ends, i, side="right"))
+        shard, j = self._place(i)
         file, index = self._open(shard)
-        j = i - int(self._ends[shard]) + self._sizes[shard]
         members = index.members(j)
         wanted = {e: place for e, place in members.items() if e in self._wanted or is_json(e)}
         unread = tuple(e for e in members if e not in wanted)
@@ -87,6 +84,18 @@ class TarSource:
         if short := [e for e, (_, size) in wanted.items() if len(sample.record[e]) < size]:
             raise sample.bad(f"{short[0]!r} is cut: the shard became shorter after it was indexed")
         return sample
+
+    def key(self, i: int) -> str:
+        """The key of sample i, from the index alone."""
+        shard, j = self._place(i)
+        return self._open(shard)[1].key(j)
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """The shard of sample i, and its number there."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)} in {self.name}")
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        return shard, i - int(self._ends[shard]) + self._sizes[shard]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_opened", "_lock", "_pid")}
