@@ -82,7 +82,7 @@ def test_board_that_is_pickled_for_no_worker_is_empty_and_its_own():
     assert [text for _, text, _ in board.read()] == ["reading a"]
 
 
-def test_run_that_waits_for_its_loader_names_worker_shard_and_sample_and_goes_on(tiny_recipe, monkeypatch, capsys):
+def test_run_that_waits_for_its_loader_names_worker_shard_and_key_and_goes_on(tiny_recipe, monkeypatch, capsys):
     read, slept = TarSource.read, []
 
     def slow(self, i):
@@ -102,7 +102,7 @@ def test_run_that_waits_for_its_loader_names_worker_shard_and_sample_and_goes_on
     assert cli.trainer.global_step == 5
     printed = capsys.readouterr().err
     assert re.search(r"rank 0: nothing has happened for \d+ s, waiting for batch \d+, at \S+:\d+ \w+", printed)
-    assert re.search(r"train, worker 0: reading \S+/00000\.tar, sample 5 of it, for \d+ s", printed)
+    assert re.search(r"train, worker 0: reading \S+/00000\.tar, key 0005, for \d+ s", printed)
 
 
 def test_first_rank_names_the_ranks_that_have_not_come_as_far(tmp_path):
