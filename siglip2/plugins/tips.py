@@ -134,7 +134,8 @@ class TIPS(Objective):
         images = step.view("global")
         masked_BN = torch.zeros(images.patches.shape[:2], dtype=torch.bool, device=index_BM.device)
         masked_BN = masked_BN.scatter(1, index_BM, True)
-        tokens: Tensor = step.model.vision(images, masked_BN=masked_BN, mask_token_D=self.mask_token).tokens
+        mask = {"masked_BN": masked_BN, "mask_token_D": self.mask_token}
+        tokens: Tensor = step.model.vision(images, **mask, pool=False).tokens
         return tokens
 
 

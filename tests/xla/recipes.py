@@ -64,7 +64,7 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(outputs["loss"].detach())
-        self.lengths.append(batch.views["image"].patches.shape[1])
+        self.lengths += [batch.views["image"].patches.shape[1]] if "image" in batch.views else []
         self.compiled.append(compiled())
 
     def on_train_end(self, trainer, pl_module):

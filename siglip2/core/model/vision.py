@@ -50,7 +50,12 @@ class VisionTower(nn.Module):
         lecun_normal_(self.embed)
 
     def forward(
-        self, images: Patches, *, masked_BN: Tensor | None = None, mask_token_D: Tensor | None = None
+        self,
+        images: Patches,
+        *,
+        masked_BN: Tensor | None = None,
+        mask_token_D: Tensor | None = None,
+        pool: bool = True,
     ) -> VisionOutput:
         """Encodes uint8 patches [B, N, P], or packed ones [R, S, P]: an image is read alone, wherever it lies.
 
@@ -58,6 +63,7 @@ class VisionTower(nn.Module):
             images: the patches.
             masked_BN: bool, true where the embedded patch is replaced by the mask token; it keeps its position.
             mask_token_D: what stands there instead, [D].
+            pool: whether the pooled vector is wanted; else it is empty, and the pool does not run.
 
         Returns:
             Tokens and pooled vectors of the B images. Packed images have N = `images.packing.longest` tokens, and where
@@ -77,6 +83,8 @@ class VisionTower(nn.Module):
         for block in self.blocks:
             x = block(x, attn_mask=mask)
         x = self.norm(x)
+        if not pool and packing is None:
+            return VisionOutput(x, x.new_empty(0))
         if packing is None:
             return VisionOutput(x, self.pool(x, key_mask(images.valid)))
         pooled_RQD = self.pool.each(x, slot_mask(packing.owner, packing.slots), count=packing.slots)
