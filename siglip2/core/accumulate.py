@@ -8,7 +8,7 @@ weigh is added to the losses that are means over rows.
 
 # B rows of the batch, b rows of a part, C copies of a view, D width, E embedding dimension
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,10 +16,51 @@ import torch
 from torch import Tensor, nn
 
 from siglip2.core.batch import Batch
+from siglip2.core.layout import Layout
 from siglip2.core.model.two_towers import ImageFeatures, TextFeatures
+from siglip2.core.plugin import Objective
 from siglip2.core.step import STUDENT, Step
 
 Losses = Callable[[Step], dict[str, Tensor]]
+
+
+def over_pairs(plugin: nn.Module) -> bool:
+    """Says whether a plugin is an objective whose loss is no mean over rows."""
+    return isinstance(plugin, Objective) and not plugin.accumulates
+
+
+def check_accumulation(
+    plugins: Mapping[str, nn.Module], layouts: Sequence[Layout], *, parts: int, batches: int, world_size: int
+) -> None:
+    """Raises ValueError if accumulating would change a loss, or batches do not divide.
+
+    Args:
+        plugins: of the recipe, by name.
+        layouts: that batches have.
+        parts: of each batch, `model.accumulate`.
+        batches: Lightning's `accumulate_grad_batches`.
+        world_size: processes that share each batch.
+    """
+    inexact = [name for name, plugin in plugins.items() if over_pairs(plugin)]
+    if batches > 1 and inexact:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches is {batches}, but {', '.join(inexact)} would see only the pairs "
+            f"inside each micro-batch, which is another loss: set it to 1, give the patchifier the whole "
+            f"batch_size, and set model.accumulate to {batches}, which gives the large batch's gradients"
+        )
+    if parts == 1:
+        return
+    if batches > 1:
+        raise ValueError("model.accumulate and trainer.accumulate_grad_batches are both above 1: set one of them to 1")
+    shares = parts * world_size
+    for layout in layouts:
+        if layout.packed:
+            raise ValueError("model.accumulate cannot cut rows that images share: use a patchifier that does not pack")
+        if layout.batch_size % shares:
+            raise ValueError(
+                f"the global batch of {layout.batch_size} does not divide into {parts} parts on each of "
+                f"{world_size} processes: set the patchifier's batch_size to a multiple of {shares}"
+            )
 
 
 def parts_of(batch: Batch, count: int, device: torch.device) -> list[Batch]:

@@ -194,3 +194,9 @@ def _not_written(path: str, checkpoint: Mapping[str, Any], error: Exception) -> 
         f"{str(error).splitlines()[0]}. Earlier checkpoints are untouched: {resume}. Free space there, or set "
         f"trainer.default_root_dir to another place"
     )
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], of_a: str, of_b: str) -> list[str]:
+    """Returns a line for each key under which two mappings of plain values differ, with the words for each."""
+    keys = [*a, *(k for k in b if k not in a)]
+    return [f"{k}: {of_a} {a.get(k)}, {of_b} {b.get(k)}" for k in keys if a.get(k) != b.get(k)]

@@ -12,6 +12,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from siglip2.core.data.text import Tokenizer
     from siglip2.core.layout import Patchifier
     from siglip2.core.model.two_towers import TwoTowers
     from siglip2.core.plugin import Plugin
@@ -43,8 +44,13 @@ class BuildSpecs:
         """Returns the views this plugin reads; the same name with another description is an error."""
 
     @hookspec
-    def setup(self, model: "TwoTowers", heads: "dict[str, nn.Module]") -> None:
-        """Builds the plugin's own modules, sized from the model; adds to `heads` those that a teacher should follow."""
+    def setup(
+        self, model: "TwoTowers", heads: "dict[str, nn.Module]", tokenizer: "Tokenizer", patchifier: "Patchifier"
+    ) -> None:
+        """Builds the plugin's own modules, sized from the model; adds to `heads` those that a teacher should follow.
+
+        `tokenizer` and `patchifier` are the recipe's. A plugin takes the arguments that it needs.
+        """
 
     @hookspec
     def encoders(self) -> "dict[str, nn.Module]":  # type: ignore[empty-body]

@@ -1,7 +1,7 @@
 """The Lightning module: it owns the towers and the plugins and calls hooks in a fixed order. No mathematics."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, cast
@@ -10,16 +10,26 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins.precision import HalfPrecision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from siglip2.core.accumulate import Owed, WholeStep, mean_terms, owed_by_pairs, part_loss, parts_of
+from siglip2.core.accumulate import (
+    Owed,
+    WholeStep,
+    check_accumulation,
+    mean_terms,
+    over_pairs,
+    owed_by_pairs,
+    part_loss,
+    parts_of,
+)
+from siglip2.core.assembly import Heads, merge_unique, the_patchifier
 from siglip2.core.batch import Batch, Patches
-from siglip2.core.checkpoint import fresh_plugins, read_checkpoint, reconcile
+from siglip2.core.checkpoint import differences, fresh_plugins, reconcile
+from siglip2.core.curation import KeptCounts
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.hooks import build_manager
-from siglip2.core.layout import Patchifier, Phase, Positions, phase_at, phases
+from siglip2.core.layout import Positions, phase_at, phases
 from siglip2.core.model.sizes import ShapeOptions
 from siglip2.core.model.two_towers import build_two_towers
 from siglip2.core.optim import (
@@ -35,14 +45,13 @@ from siglip2.core.optim import (
     without_state_of,
 )
 from siglip2.core.parallel import FSDP2Strategy, check_strategy, checkpoint_blocks, compile_blocks, cut_moments, shard
-from siglip2.core.plugin import Objective, Plugin
-from siglip2.core.rehearsal import name_cold, rehearse
+from siglip2.core.plugin import Plugin
+from siglip2.core.rehearsal import check_cold, check_sleepers, rehearse
 from siglip2.core.step import STUDENT, Step
 from siglip2.core.timeline import Timeline
-from siglip2.core.warm_start import Surgery, branch_timeline, fit_state, load_optimizer, report
+from siglip2.core.warm_start import Surgery, begin_from, check_text
 
 log = logging.getLogger(__name__)
-MISSING = "???"  # what an overlay has where a recipe must be told
 LAYOUTS_COMPARED = 16  # batches whose sizes and lengths a resumed run compares with the file's
 
 
@@ -120,7 +129,7 @@ class SigLIP2Module(LightningModule):
         )
         self.plugins = nn.ModuleDict({p.name: p for p in plugins})
         self.heads: dict[str, nn.Module] = Heads()  # each belongs to the plugin that registered it
-        self.hooks.hook.setup(model=self.model, heads=self.heads)
+        self.hooks.hook.setup(model=self.model, heads=self.heads, tokenizer=tokenizer, patchifier=self.patchifier)
         self.phases = phases(plugins)
         self.rules = [KERNELS_ONLY, *rules]
         self.make_optimizer, self.warmup = optimizer, warmup
@@ -129,6 +138,7 @@ class SigLIP2Module(LightningModule):
         self.recipe: dict[str, Any] = {}
         self.woken: set[str] = set()
         self.scalars: dict[str, Tensor] = {}
+        self.kept_counts = KeptCounts()
         check_rules((n for n, _ in self.named_parameters()), rules)
         freeze(self, self.rules)
 
@@ -137,20 +147,31 @@ class SigLIP2Module(LightningModule):
         step = self.make_step(batch, progress)
         if work is not None:
             return work(step)
-        kept = self.awake_hook("curate", progress)(step=step)
+        kept = self.curate(step)
         step = step if kept is None else step.select(kept)
         self.scalars = step.scalars
         return self.losses(step)
 
-    def losses(self, step: Step, *, over_pairs: bool | None = None) -> dict[str, Tensor]:
+    def curate(self, step: Step) -> Tensor | None:
+        """Returns the rows to train on as the awake curator chose them, int64 [b']; None for all.
+
+        Raises:
+            ValueError: if the ranks keep different numbers of rows, or one keeps another number than before.
+        """
+        kept: Tensor | None = self.awake_hook("curate", step.progress)(step=step)
+        if kept is not None:
+            self.kept_counts.check(step.batch.size, kept, phase_at(self.phases, step.progress))
+        return kept
+
+    def losses(self, step: Step, *, pairs: bool | None = None) -> dict[str, Tensor]:
         """Returns the weighted loss terms of a step by name.
 
         Args:
             step: what the objectives see.
-            over_pairs: only those that are no mean over rows (`accumulates` is false), or only those that are; None for
+            pairs: only those that are no mean over rows (`accumulates` is false), or only those that are; None for
                 all.
         """
-        left_out = [n for n, p in self.plugins.items() if over_pairs is not None and _over_pairs(p) != over_pairs]
+        left_out = [n for n, p in self.plugins.items() if pairs is not None and over_pairs(p) != pairs]
         terms: dict[str, Tensor] = {}
         for answer in self.awake_hook("losses", step.progress, left_out)(step=step):
             merge_unique(terms, answer, "loss term")
@@ -200,21 +221,21 @@ class SigLIP2Module(LightningModule):
     def _in_parts(self, batch: Batch, progress: float) -> tuple[dict[str, Tensor], Tensor]:
         """The loss terms of a batch that is run in parts, and the last part's loss, whose backward pass is left."""
         self.trainer.optimizers[0].zero_grad()
-        kept = self(batch, progress, lambda step: self.awake_hook("curate", progress)(step=step))
+        kept = self(batch, progress, self.curate)
         batch = batch if kept is None else batch.select(kept)
         count, scalars = self.accumulate, {}
         parts = parts_of(batch, count, self.device)
 
         def pairs(whole: Step) -> Owed:
             step = WholeStep(whole, [self.make_step(part, progress) for part in parts])
-            owed = owed_by_pairs(step, lambda s: self.losses(s, over_pairs=True), self)
+            owed = owed_by_pairs(step, lambda s: self.losses(s, pairs=True), self)
             scalars.update(step.scalars)
             return owed
 
         owed, rows = self(batch, progress, pairs), []
 
         def one(step: Step, number: int) -> Tensor:
-            rows.append(self.losses(step, over_pairs=False))
+            rows.append(self.losses(step, pairs=False))
             scalars.update(step.scalars)
             return part_loss(step, number, count, rows[-1], owed, self)
 
@@ -307,106 +328,29 @@ class SigLIP2Module(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        self._check_accumulation()
+        check_accumulation(
+            cast(Mapping[str, nn.Module], self.plugins),
+            self.patchifier.layouts,
+            parts=self.accumulate,
+            batches=self.trainer.accumulate_grad_batches,
+            world_size=self.trainer.world_size,
+        )
         if self.warm_start is not None and not self.resumed:
-            self._start_warm(self.warm_start)
+            begin_from(self.warm_start, self, self.surgery)
         if self.rehearsal:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             begin = self.progress
             due = tuple(replace(p, start=max(p.start, begin)) for p in self.phases if p.stop > begin)
-            self._check_cold(rehearse(self, due, lambda phase: data.rehearsal_batch(phase).to(self.device)))
+            cold = rehearse(self, due, lambda phase: data.rehearsal_batch(phase).to(self.device))
+            check_cold(cold, self.trainer.strategy)
         else:
-            self._check_sleepers()
-
-    def _start_warm(self, path: str) -> None:
-        if path == MISSING:
-            raise ValueError(
-                "this recipe is a branch: give the checkpoint that it leaves, for example "
-                "--model.warm_start runs/siglip2-b16-256/progress-0.95.ckpt"
-            )
-        checkpoint = read_checkpoint(path)
-        ours = checkpoint["siglip2"]
-        self._check_text(ours["text"])
-        if self.surgery.schedule == "continue":
-            self.branch = branch_timeline(ours.get("timeline"))
-        fitted = fit_state(checkpoint["state_dict"], self, self.surgery)
-        self.load_state_dict(fitted.state)
-        awake = phase_at(self.phases, self.progress).awake  # who sleeps here is woken again
-        self.woken = (set(ours["woken"]) & set(awake)) - fitted.fresh
-        if self.surgery.optimizer:
-            self._check_optimizer(ours.get("optimizer"))
-        states = checkpoint.get("optimizer_states") if self.surgery.optimizer else None
-        with_state = load_optimizer(self.trainer.optimizers[0], states[0], fitted) if states else None
-        for config in self.trainer.lr_scheduler_configs:
-            config.scheduler.load_state_dict(config.scheduler.state_dict())  # its factors may be a branch's now
-        if self.trainer.is_global_zero:
-            pixels = _differences(self.patchifier.contract(), ours["pixels"], "now", "then")
-            report(path, fitted, with_state, pixels, self.branch, self.trainer.max_steps)
-
-    def _check_optimizer(self, saved: str | None) -> None:
-        found = type(self.trainer.optimizers[0]).__name__
-        if saved not in (None, found):
-            raise ValueError(
-                f"the checkpoint has the state of another optimizer: {saved} there, {found} here. Take the same one, "
-                f"or set model.surgery.optimizer to false to start it fresh"
-            )
+            check_sleepers(cast(Mapping[str, Plugin], self.plugins), self.progress, self.trainer.strategy)
 
     def rehearsal_losses(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Returns the loss terms at `progress` under the run's precision."""
         with self.trainer.precision_plugin.train_step_context():
             # DDP's hooks are around another module; FSDP2's are around this one, and gather its parameters
             return cast(dict[str, Tensor], self(batch, progress))
-
-    def _check_accumulation(self) -> None:
-        inexact = [n for n, p in self.plugins.items() if _over_pairs(p)]
-        batches = self.trainer.accumulate_grad_batches
-        if batches > 1 and inexact:
-            raise ValueError(
-                f"trainer.accumulate_grad_batches is {batches}, but {', '.join(inexact)} would see only the pairs "
-                f"inside each micro-batch, which is another loss: set it to 1, give the patchifier the whole "
-                f"batch_size, and set model.accumulate to {batches}, which gives the large batch's gradients"
-            )
-        if self.accumulate == 1:
-            return
-        if batches > 1:
-            raise ValueError(
-                "model.accumulate and trainer.accumulate_grad_batches are both above 1: set one of them to 1"
-            )
-        shares = self.accumulate * self.trainer.world_size
-        for layout in self.patchifier.layouts:
-            if layout.packed:
-                raise ValueError(
-                    "model.accumulate cannot cut rows that images share: use a patchifier that does not pack"
-                )
-            if layout.batch_size % shares:
-                raise ValueError(
-                    f"the global batch of {layout.batch_size} does not divide into {self.accumulate} parts on each of "
-                    f"{self.trainer.world_size} processes: set the patchifier's batch_size to a multiple of {shares}"
-                )
-
-    @property
-    def _plain_ddp(self) -> bool:
-        strategy = self.trainer.strategy
-        return isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
-
-    def _check_cold(self, cold: Mapping[Phase, list[str]]) -> None:
-        if self._plain_ddp and any(cold.values()):
-            raise ValueError(
-                f"no gradient reaches {name_cold(cold)}, and plain DDP waits for one of every parameter in every step: "
-                f"use --trainer.strategy ddp_find_unused_parameters_true"
-            )
-
-    def _check_sleepers(self) -> None:
-        """Guesses what the rehearsal would have found."""
-        plugins = cast(Iterable[tuple[str, Plugin]], self.plugins.items())
-        trained = [(n, p) for n, p in plugins if any(x.requires_grad for x in p.parameters())]
-        begin = self.progress
-        sleepers = [n for n, p in trained if p.start > begin or p.stop < 1]
-        if self._plain_ddp and sleepers:
-            raise ValueError(
-                f"plugins that sleep for part of the run ({', '.join(sleepers)}) have parameters without gradient "
-                f"then, which plain DDP does not allow: use --trainer.strategy ddp_find_unused_parameters_true"
-            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["siglip2"] = {
@@ -445,10 +389,10 @@ class SigLIP2Module(LightningModule):
         ours = checkpoint.get("siglip2")
         if ours is None:
             raise ValueError("this checkpoint was not written by siglip2: it carries no text and pixel contract")
-        self._check_text(ours["text"])
-        if differences := _differences(self.patchifier.contract(), ours["pixels"], "here", "there"):
+        check_text(self.tokenizer, ours["text"])
+        if found := differences(self.patchifier.contract(), ours["pixels"], "here", "there"):
             raise ValueError(
-                f"the checkpoint was trained with other pixels: {'; '.join(differences)}. To start a run at another "
+                f"the checkpoint was trained with other pixels: {'; '.join(found)}. To start a run at another "
                 f"resolution from it, give it as model.warm_start instead"
             )
         resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
@@ -460,62 +404,9 @@ class SigLIP2Module(LightningModule):
         current = self.state_dict()
         fresh = fresh_plugins(checkpoint["state_dict"], current)
         self.woken = (set(ours["woken"]) & set(self.plugins)) - fresh  # what starts fresh is woken again
-        for line in _differences(self._stream(), ours["stream"], "here", "in the checkpoint") if resuming else ():
+        for line in differences(self._stream(), ours["stream"], "here", "in the checkpoint") if resuming else ():
             log.warning("resuming with another stream of samples: %s", line)
         checkpoint["state_dict"] = reconcile(checkpoint["state_dict"], current)
         if "optimizer_states" in checkpoint:
             theirs = tuple(f"plugins.{name}." for name in fresh)
             checkpoint["optimizer_states"] = [without_state_of(s, theirs) for s in checkpoint["optimizer_states"]]
-
-    def _check_text(self, state: Any) -> None:
-        if differences := self.tokenizer.differences(Tokenizer.from_state(state)):
-            raise ValueError(
-                f"the checkpoint was trained with another text contract: {'; '.join(differences)}. Set data.text to "
-                f"match; --data.tokenizer CHECKPOINT takes tokenizer and contract out of the file"
-            )
-
-
-def _over_pairs(plugin: nn.Module) -> bool:
-    return isinstance(plugin, Objective) and not plugin.accumulates
-
-
-class Heads(dict[str, nn.Module]):
-    """Heads by name; a second one under a taken name is an error, since the first would be lost silently."""
-
-    def __setitem__(self, name: str, head: nn.Module) -> None:
-        if name in self:
-            raise ValueError(f"two plugins give a head called '{name}': rename one of them")
-        super().__setitem__(name, head)
-
-    def update(self, *heads: Any, **more: nn.Module) -> None:
-        """Adds heads one by one, each under a name of its own."""
-        for name, head in dict(*heads, **more).items():
-            self[name] = head
-
-
-def the_patchifier(hook: Any, plugins: Iterable[Plugin]) -> Patchifier:
-    """Returns the one patchifier of a recipe.
-
-    Raises:
-        ValueError: if no plugin or more than one offers a patchifier.
-    """
-    offering = [p.name for p in plugins if hasattr(p, "patchifier")]
-    if len(offering) != 1:
-        found = "none" if not offering else " and ".join(offering)
-        cure = f"remove one (--plugins.{offering[0]} off)" if offering else "`siglip2 plugins` lists what there is"
-        raise ValueError(f"a recipe needs exactly one patchifier, found {found}: {cure}")
-    patchifier: Patchifier = hook()
-    return patchifier
-
-
-def merge_unique(into: dict[str, Any], more: Mapping[str, Any], what: str) -> None:
-    """Adds the entries of `more`; raises ValueError if a name is there already, since one would be lost silently."""
-    for name, value in more.items():
-        if name in into:
-            raise ValueError(f"two plugins give a {what} called '{name}': rename one of them")
-        into[name] = value
-
-
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any], of_a: str, of_b: str) -> list[str]:
-    keys = [*a, *(k for k in b if k not in a)]
-    return [f"{k}: {of_a} {a.get(k)}, {of_b} {b.get(k)}" for k in keys if a.get(k) != b.get(k)]

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from siglip2.core.layout import Phase
+from siglip2.core.plugin import Plugin
 
 
 def rehearse(module: Any, phases: tuple[Phase, ...], make_batch: Any) -> dict[Phase, list[str]]:
@@ -75,6 +77,35 @@ def name_cold(cold: Mapping[Phase, list[str]]) -> str:
             more = f" and {len(inside) - 1} more of {part}" if len(inside) > 1 else ""
             found.setdefault(part, f"{inside[0]}{more} at progress {phase.start:g}")
     return ", ".join(found.values())
+
+
+def check_cold(cold: Mapping[Phase, list[str]], strategy: Any) -> None:
+    """Raises ValueError if a parameter gets no gradient in some phase and the strategy would wait for one.
+
+    Args:
+        cold: what `rehearse` found.
+        strategy: of the trainer.
+    """
+    if _plain_ddp(strategy) and any(cold.values()):
+        raise ValueError(
+            f"no gradient reaches {name_cold(cold)}, and plain DDP waits for one of every parameter in every step: "
+            f"use --trainer.strategy ddp_find_unused_parameters_true"
+        )
+
+
+def check_sleepers(plugins: Mapping[str, Plugin], begin: float, strategy: Any) -> None:
+    """Guesses what a rehearsal would have found: plugins with parameters that sleep at some time from `begin` on."""
+    trained = [(n, p) for n, p in plugins.items() if any(x.requires_grad for x in p.parameters())]
+    sleepers = [n for n, p in trained if p.start > begin or p.stop < 1]
+    if _plain_ddp(strategy) and sleepers:
+        raise ValueError(
+            f"plugins that sleep for part of the run ({', '.join(sleepers)}) have parameters without gradient "
+            f"then, which plain DDP does not allow: use --trainer.strategy ddp_find_unused_parameters_true"
+        )
+
+
+def _plain_ddp(strategy: Any) -> bool:
+    return isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
 
 
 def _check(terms: dict[str, Tensor], phase: Phase) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from siglip2.core.checkpoint import fresh_plugins, reconcile
+from siglip2.core.checkpoint import differences, fresh_plugins, read_checkpoint, reconcile
+from siglip2.core.data.text import Tokenizer
+from siglip2.core.layout import phase_at
 from siglip2.core.model.vision import VisionTower
 from siglip2.core.optim import without_state_of
 from siglip2.core.surgery import FILTERS, resize_kernel, resize_positions
@@ -15,6 +17,7 @@ from siglip2.core.timeline import Timeline
 
 log = logging.getLogger(__name__)
 SCHEDULES = ("continue", "fresh")
+MISSING = "???"  # what an overlay has where a recipe must be told
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,63 @@ class Fitted:
     kept: tuple[str, ...]
     resized: dict[str, str]
     fresh: frozenset[str]
+
+
+def begin_from(path: str, module: Any, surgery: Surgery) -> None:
+    """Gives a run that is set up the weights, optimizer state and place in the schedule of a checkpoint.
+
+    Sets `branch` and `woken` of the module.
+
+    Args:
+        path: of the checkpoint.
+        module: the `SigLIP2Module` that starts, with its trainer.
+        surgery: what is taken over and how.
+
+    Raises:
+        ValueError: if the checkpoint does not fit, in text, towers, optimizer or schedule.
+    """
+    if path == MISSING:
+        raise ValueError(
+            "this recipe is a branch: give the checkpoint that it leaves, for example "
+            "--model.warm_start runs/siglip2-b16-256/progress-0.95.ckpt"
+        )
+    checkpoint, trainer = read_checkpoint(path), module.trainer
+    ours = checkpoint["siglip2"]
+    check_text(module.tokenizer, ours["text"])
+    if surgery.schedule == "continue":
+        module.branch = branch_timeline(ours.get("timeline"))
+    fitted = fit_state(checkpoint["state_dict"], module, surgery)
+    module.load_state_dict(fitted.state)
+    awake = phase_at(module.phases, module.progress).awake  # who sleeps here is woken again
+    module.woken = (set(ours["woken"]) & set(awake)) - fitted.fresh
+    optimizer = trainer.optimizers[0]
+    if surgery.optimizer:
+        _check_optimizer(optimizer, ours.get("optimizer"))
+    states = checkpoint.get("optimizer_states") if surgery.optimizer else None
+    with_state = load_optimizer(optimizer, states[0], fitted) if states else None
+    for config in trainer.lr_scheduler_configs:
+        config.scheduler.load_state_dict(config.scheduler.state_dict())  # its factors may be a branch's now
+    if trainer.is_global_zero:
+        pixels = differences(module.patchifier.contract(), ours["pixels"], "now", "then")
+        report(path, fitted, with_state, pixels, module.branch, trainer.max_steps)
+
+
+def check_text(tokenizer: Tokenizer, saved: Any) -> None:
+    """Raises ValueError if a checkpoint was trained with another text contract; `saved` is its `siglip2.text`."""
+    if found := tokenizer.differences(Tokenizer.from_state(saved)):
+        raise ValueError(
+            f"the checkpoint was trained with another text contract: {'; '.join(found)}. Set data.text to "
+            f"match; --data.tokenizer CHECKPOINT takes tokenizer and contract out of the file"
+        )
+
+
+def _check_optimizer(optimizer: Any, saved: str | None) -> None:
+    found = type(optimizer).__name__
+    if saved not in (None, found):
+        raise ValueError(
+            f"the checkpoint has the state of another optimizer: {saved} there, {found} here. Take the same one, "
+            f"or set model.surgery.optimizer to false to start it fresh"
+        )
 
 
 def fit_state(saved: Mapping[str, Tensor], module: nn.Module, surgery: Surgery) -> Fitted:
