@@ -1,5 +1,6 @@
 """Runs of `siglip2 fit` on one process or several, and what each step's gradients were."""
 
+import contextlib
 import os
 import socket
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ from torch.distributed.tensor import DTensor
 
 import siglip2.registry
 from siglip2 import IMAGE, Plugin, hookimpl
+from siglip2.cli.main import main
 from siglip2.cli.training import SigLIP2CLI
 
 SCORES = ("zero_shot/", "retrieval/", "referring/")
+LIMIT_S = 240  # for what takes seconds on an idle machine
 
 
 class Brighter(Plugin):
@@ -33,16 +36,16 @@ class Brighter(Plugin):
         return light.argmax(1) + 2 * torch.arange(len(light), device=light.device)
 
 
-def install_curator():
-    """Makes `brighter` known as a plugin of another package."""
+def install_curator(cls=Brighter):
+    """Makes a curator known as a plugin of another package."""
 
     class Module:
         @hookimpl
         def register_plugins(self):
-            return [Brighter]
+            return [cls]
 
-    dist = SimpleNamespace(name="brighter-package", version="0")
-    point = SimpleNamespace(name="brighter", value="brighter", dist=dist, load=Module)
+    dist = SimpleNamespace(name="curator-package", version="0")
+    point = SimpleNamespace(name=cls.name, value=cls.name, dist=dist, load=Module)
     siglip2.registry.entry_points = lambda group: [point]
     siglip2.registry.catalogue.cache_clear()
 
@@ -69,6 +72,14 @@ class Notes(Callback):
         self.steps.append({"loss": loss, "gradients": self.gradients, "state": state})
 
 
+class SaveInValidation(Callback):
+    """Saves after the first batch of each evaluation set, as SIGUSR1 would."""
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 0:
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/in-validation.ckpt")
+
+
 def fit(words):
     """Trains and scores as `siglip2 fit` does; returns what was noted."""
     cli, notes = SigLIP2CLI([str(word) for word in words], command="fit"), Notes()
@@ -79,9 +90,19 @@ def fit(words):
     return notes
 
 
-def _rank(rank, port, runs, folder):
+def _meet(rank, port):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+
+
+def _free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _rank(rank, port, runs, folder):
+    _meet(rank, port)
     install_curator()
     for name, words in runs.items():
         notes = fit(words)
@@ -94,11 +115,8 @@ def _rank(rank, port, runs, folder):
 
 def on_ranks(count, runs, folder):
     """Trains each of the runs on `count` processes, one after the other; what rank 0 noted, with the mean losses."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     runs = {name: [*words, "--trainer.devices", str(count)] for name, words in runs.items()}
-    mp.spawn(_rank, args=(port, runs, str(folder)), nprocs=count)
+    mp.spawn(_rank, args=(_free_port(), runs, str(folder)), nprocs=count)
     noted = {}
     for name in runs:
         ranks = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(count)]
@@ -108,4 +126,30 @@ def on_ranks(count, runs, folder):
     return noted
 
 
-__all__ = ["arguments", "fit", "install_curator", "on_ranks"]
+def _failing_rank(rank, port, runs, folder, curator):
+    _meet(rank, port)
+    install_curator(curator)
+    for name, words in runs.items():
+        with (
+            open(f"{folder}/{name}-{rank}.txt", "w") as file,
+            contextlib.redirect_stderr(file),
+            contextlib.suppress(SystemExit),
+        ):
+            main(["fit", *words])
+            raise AssertionError(f"{name} was not refused")
+
+
+def errors_on_two_ranks(runs, folder, curator=Brighter):
+    """What each of two ranks prints as its error, by run; all runs fail, and none leaves a rank behind."""
+    runs = {name: [str(word) for word in (*words, "--trainer.devices", 2)] for name, words in runs.items()}
+    ranks = mp.spawn(_failing_rank, args=(_free_port(), runs, str(folder), curator), nprocs=2, join=False).processes
+    for process in ranks:
+        process.join(LIMIT_S)
+    hanging = [number for number, process in enumerate(ranks) if process.is_alive()]
+    for process in ranks:
+        process.kill()
+    assert (hanging, [process.exitcode for process in ranks]) == ([], [0, 0])
+    return {name: [(folder / f"{name}-{number}.txt").read_text() for number in range(2)] for name in runs}
+
+
+__all__ = ["arguments", "errors_on_two_ranks", "fit", "install_curator", "on_ranks"]

@@ -4,6 +4,8 @@ import pytest
 import torch
 from staged import arguments, run
 
+from siglip2.core.accumulate import parts_of
+from siglip2.core.batch import Batch
 from siglip2.core.hooks import hookimpl
 from siglip2.core.plugin import Objective, Plugin
 from siglip2.core.views import IMAGE
@@ -126,6 +128,12 @@ def test_loss_over_pairs_that_reads_tokens_is_an_error_that_says_what_to_do(reci
 def test_parts_must_divide_the_batch(recipe, tmp_path):
     with pytest.raises(ValueError, match="global batch of 4 does not divide into 3 parts on each of 1 processes"):
         gradients(recipe, tmp_path, "--model.accumulate", 3)
+
+
+def test_rows_that_a_curator_keeps_must_divide_as_well():
+    batch = Batch({"caption": torch.zeros(3, 4)}, size=3, index=0)
+    with pytest.raises(ValueError, match="the curator keeps 3 rows, which do not divide into 2 parts"):
+        parts_of(batch, 2, torch.device("cpu"))
 
 
 def test_packed_rows_cannot_be_cut(recipe, tmp_path):

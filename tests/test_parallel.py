@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from parallel_ranks import arguments, fit, install_curator, on_ranks
+from parallel_ranks import arguments, errors_on_two_ranks, fit, install_curator, on_ranks
 
 from siglip2.core.checkpoint import read_checkpoint
 
@@ -60,7 +60,7 @@ ON_TWO = [
     *((kind, recipe) for recipe in RECIPES for kind in ("ddp", "fsdp2")),
     *((kind, "all") for kind in STRATEGIES if kind not in ("ddp", "fsdp2", "fsdp2, in two copies")),
 ]
-ON_FOUR = [("ddp", "all"), ("fsdp2", "all"), ("fsdp2, in two copies", "all")]
+ON_FOUR = [*((kind, recipe) for recipe in RECIPES for kind in ("ddp", "fsdp2")), ("fsdp2, in two copies", "all")]
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +117,9 @@ def two(recipes, saving, saved, folder):
     one, sharded = folder / "one" / "step=2.ckpt", folder / "two" / "step=2.ckpt"
     runs = {f"{kind} {recipe}": [*recipes[recipe], *STRATEGIES[kind]] for kind, recipe in ON_TWO}
     runs |= {
-        "whole": saving("two", *FSDP2),
+        "whole": saving("two", *FSDP2, "--trainer.callbacks+", "parallel_ranks.SaveInValidation"),
         "resumed": saving("two-resumed", *FSDP2, "--ckpt_path", sharded),
+        "resumed from a URL": saving("two-from-a-url", *FSDP2, "--ckpt_path", f"local://{sharded}"),
         "resumed from one": saving("two-from-one", *FSDP2, "--ckpt_path", one),
         "warm": saving("two-warm", *FSDP2, "--model.warm_start", one, "--trainer.max_steps", "2"),
     }
@@ -126,10 +127,13 @@ def two(recipes, saving, saved, folder):
 
 
 @pytest.fixture(scope="module")
-def four(recipes, tmp_path_factory):
-    """What four ranks noted."""
+def four(recipes, saving, saved, folder):
+    """What four ranks noted; two of them have nothing to evaluate but rows that fill up the batch."""
     runs = {f"{kind} {recipe}": [*recipes[recipe], *STRATEGIES[kind]] for kind, recipe in ON_FOUR}
-    return on_ranks(4, runs, tmp_path_factory.mktemp("four"))
+    start = ["--model.warm_start", folder / "one" / "step=2.ckpt", "--trainer.max_steps", "2"]
+    runs["warm"] = saving("four-warm", *COPIES, *start, "--data.eval_batch_size", "8")
+    (folder / "four").mkdir()
+    return on_ranks(4, runs, folder / "four")
 
 
 def assert_same_steps(found, wanted, *, tolerance=1e-6):
@@ -166,6 +170,14 @@ def test_scores_under_fsdp2_are_those_of_one_process_and_leave_no_trace(saved, t
     torch.testing.assert_close(losses, wanted, rtol=1e-4, atol=0)
 
 
+def test_ranks_without_a_row_of_an_evaluation_set_find_the_scores_of_one_process(saved, four):
+    assert four["warm"]["scores"] == pytest.approx(saved["warm"].scores, abs=1e-3)
+
+
+def test_checkpoint_that_is_saved_in_the_midst_of_an_evaluation_is_whole(two, folder):
+    assert_same_file(folder / "two" / "in-validation.ckpt", folder / "one" / "step=4.ckpt")
+
+
 def test_report_is_written_under_fsdp2(two, folder):
     assert (folder / "two" / "report.html").stat().st_size > 1000
 
@@ -190,8 +202,9 @@ def test_checkpoint_of_fsdp2_has_what_that_of_one_process_has(two, folder):
     assert_same_file(folder / "two" / "step=4.ckpt", folder / "one" / "step=4.ckpt")
 
 
-def test_resume_under_fsdp2_is_bitwise(two):
-    for again, first in zip(two["resumed"]["steps"], two["whole"]["steps"][2:], strict=True):
+@pytest.mark.parametrize("run", ["resumed", "resumed from a URL"])
+def test_resume_under_fsdp2_is_bitwise(two, run):
+    for again, first in zip(two[run]["steps"], two["whole"]["steps"][2:], strict=True):
         assert torch.equal(again["loss"], first["loss"])
         assert all(torch.equal(tensor, first["state"][name]) for name, tensor in again["state"].items())
 
@@ -209,3 +222,14 @@ def test_warm_start_under_fsdp2_takes_weights_and_moments(two, saved, folder):
     losses, wanted = ([step["loss"] for step in steps] for steps in (two["warm"]["steps"], saved["warm"].steps))
     torch.testing.assert_close(losses, wanted, rtol=1e-4, atol=0)
     assert_same_file(folder / "two-warm" / "step=2.ckpt", folder / "one-warm" / "step=2.ckpt")
+
+
+def test_batches_that_do_not_divide_are_an_error_on_every_rank(recipes, tmp_path):
+    runs = {
+        "ranks": [*recipes["sigmoid"], *DDP, "--plugins.fixed.batch_size", "9"],
+        "parts": [*recipes["sigmoid"], *FSDP2, "--plugins.fixed.batch_size", "6", "--model.accumulate", "2"],
+    }
+    errors = errors_on_two_ranks(runs, tmp_path)
+    for rank in range(2):
+        assert "the global batch of 9 (those of 4 patches) does not divide over 2 processes" in errors["ranks"][rank]
+        assert "global batch of 6 does not divide into 2 parts on each of 2 processes" in errors["parts"][rank]

@@ -103,6 +103,33 @@ def test_signal_to_one_rank_makes_all_ranks_save_the_same_step_and_stop(recipe, 
     assert max(diary(folder, 0)) == max(diary(folder, 1)) == 6
 
 
+@pytest.mark.dist
+def test_signal_to_one_rank_of_fsdp2_saves_a_whole_checkpoint_and_torchrun_sees_every_rank_end_by_it(
+    recipe, whole, tmp_path
+):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    folder = tmp_path / "sharded"
+    own = [{"class_path": "siglip2.core.callbacks.save_on_signal.SaveOnSignal", "init_args": {"every": 3}}]
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2"]
+    arguments = [*recipe(folder), *ranks, "--trainer.callbacks+", json.dumps(own)]
+    torchrun = {"TORCHELASTIC_RUN_ID": "here", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with (
+        Run(arguments, folder, environment={**torchrun, "RANK": "0", "LOCAL_RANK": "0"}) as first,
+        Run(arguments, folder, environment={**torchrun, "RANK": "1", "LOCAL_RANK": "1"}, pause=5) as second,
+    ):
+        second.until("paused")
+        second.send(signal.SIGTERM)
+        second.go_on()
+        assert (first.exit_code(), second.exit_code()) == (128 + signal.SIGTERM, 128 + signal.SIGTERM)
+    assert max(diary(folder, 0)) == max(diary(folder, 1)) == 6
+    with Run([*recipe(folder), "--ckpt_path", "last"], folder) as one_process:
+        assert one_process.exit_code() == 0
+    losses, wanted = ([float.fromhex(diary(f)[step]["loss"]) for step in (7, 8, 9, 10)] for f in (folder, whole))
+    assert losses == pytest.approx(wanted, rel=1e-4)
+
+
 def test_handler_that_was_there_before_is_called_at_the_end_of_the_step_when_all_is_saved(tiny_recipe, tmp_path):
     """As Lightning's under SLURM, which puts the job back into the queue."""
     seen = []

@@ -120,12 +120,13 @@ def test_first_rank_names_the_ranks_that_have_not_come_as_far(tmp_path):
 
 
 @pytest.mark.dist
-def test_rank_that_waits_for_another_one_names_it(tiny_recipe, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_rank_that_waits_for_another_one_names_it(tiny_recipe, tmp_path, strategy):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     own = [{"class_path": "siglip2.core.callbacks.watchdog.Watchdog", "init_args": {"stall_after": 2.0}}]
-    ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.callbacks", json.dumps(own)]
+    ranks = ["--trainer.devices", "2", "--trainer.strategy", strategy, "--trainer.callbacks", json.dumps(own)]
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "COLUMNS": "400"}
     with (
         Run([*tiny_recipe, *ranks], tmp_path, environment={**environment, "LOCAL_RANK": "0"}) as first,

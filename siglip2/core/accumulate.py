@@ -64,7 +64,16 @@ def check_accumulation(
 
 
 def parts_of(batch: Batch, count: int, device: torch.device) -> list[Batch]:
-    """Returns a batch on `device` cut into `count` parts of consecutive rows; its size is a multiple of it."""
+    """Returns a batch on `device` cut into `count` parts of consecutive rows.
+
+    Raises:
+        ValueError: if they cannot be of one size; those of the loader can, so a curator has kept too many or too few.
+    """
+    if batch.size % count:
+        raise ValueError(
+            f"the curator keeps {batch.size} rows, which do not divide into {count} parts: let it keep a multiple of "
+            f"{count}, or set model.accumulate to a divisor of {batch.size}"
+        )
     size = batch.size // count
     return [batch.select(torch.arange(i * size, (i + 1) * size, device=device)) for i in range(count)]
 

@@ -159,8 +159,10 @@ class SigLIP2Module(LightningModule):
             ValueError: if the ranks keep different numbers of rows, or one keeps another number than before.
         """
         kept: Tensor | None = self.awake_hook("curate", step.progress)(step=step)
-        if kept is not None:
-            self.kept_counts.check(step.batch.size, kept, phase_at(self.phases, step.progress))
+        phase = phase_at(self.phases, step.progress)
+        if any(hasattr(self.plugins[name], "curate") for name in phase.awake):  # all rows are a number, too
+            rows = torch.arange(step.batch.size, device=self.device) if kept is None else kept
+            self.kept_counts.check(step.batch.size, rows, phase)
         return kept
 
     def losses(self, step: Step, *, pairs: bool | None = None) -> dict[str, Tensor]:

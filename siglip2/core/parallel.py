@@ -21,8 +21,6 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from siglip2.core.checkpoint import read_checkpoint
-from siglip2.core.model.text import TextTower
-from siglip2.core.model.vision import TimmVisionTower, VisionTower
 
 VARIANTS = 64  # of one block: towers, image sizes, teacher, evaluation. torch gives up compiling after 8
 
@@ -99,21 +97,20 @@ def _recomputed_on_xla(forward: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Cuts the parameters of a module over a mesh, in place: each block of a tower for itself, the rest with the root.
+    """Cuts the parameters of a module over a mesh, in place: each block for itself, the rest with the root.
 
     The root is the Lightning module, so that parameters of plugins belong to a group too, and those that an objective
     reads without calling their module (a table of prototypes, the temperature) are whole while a loss is computed.
-    Blocks of plugins stay with the root for the same reason. A teacher's tower is cut as the student's is, so that each
-    rank moves its part of the average. Source: https://arxiv.org/abs/2304.11277, in torch `fully_shard`.
+    In training a block is called as a whole, so that it is gathered when its parts run; that holds for plugins' blocks
+    too. A teacher's tower is cut as the student's is, so that each rank moves its part of the average. Source:
+    https://arxiv.org/abs/2304.11277, in torch `fully_shard`.
 
     Args:
         module: the root; call it, not its forward.
         mesh: of one dimension, or of two: copies, and the ranks that share one.
     """
-    towers = [m for m in module.modules() if isinstance(m, VisionTower | TimmVisionTower | TextTower)]
-    for tower in towers:
-        for block in blocks(tower):
-            fully_shard(block, mesh=mesh)
+    for block in blocks(module):
+        fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
     module.register_load_state_dict_pre_hook(_cut_state)
 
@@ -245,8 +242,12 @@ class FSDP2Strategy(ModelParallelStrategy):
             cut_again(self._module)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Returns the whole state on the first rank."""
-        return cast(dict[str, Any], whole(dict(self._module.state_dict()), keep=self.is_global_zero))
+        """Returns the whole state on the first rank; also during evaluation, which goes on with whole parameters."""
+        cut = any(isinstance(parameter, DTensor) for parameter in self._module.parameters())
+        state = whole(dict(self._module.state_dict()), keep=self.is_global_zero)
+        if not cut:
+            make_whole(self._module)  # `state_dict` has cut them
+        return cast(dict[str, Any], state)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Returns the whole state on the first rank, as one process has it."""
@@ -258,9 +259,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a file on every rank; those of a node share its pages."""
-        if "://" in str(checkpoint_path):
-            return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+        """Reads a file or URL on every rank; ranks of a node share a local file's pages."""
         return read_checkpoint(str(checkpoint_path))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

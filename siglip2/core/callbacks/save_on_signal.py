@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment, XLAEnvironment
 
 log = logging.getLogger(__name__)
 SAVE, STOP = "SIGUSR1", "SIGTERM"
@@ -77,10 +78,18 @@ class SaveOnSignal(Callback):
         if SAVE in came and callable(self._before):
             self._before(signal.SIGUSR1, None)
         if STOP in came:
-            # of a failed child Lightning's launcher would think that it has to kill the others
-            raise SystemExit(STOPPED if trainer.is_global_zero else 0)
+            raise SystemExit(_status(trainer))
 
     def _of_all_ranks(self, trainer: Trainer) -> set[str]:
         here = torch.tensor([float(name in self._came) for name in (SAVE, STOP)], device=trainer.strategy.root_device)
         counts = trainer.strategy.reduce(here, reduce_op="sum").tolist()
         return {name for name, count in zip((SAVE, STOP), counts, strict=True) if count}
+
+
+def _status(trainer: Trainer) -> int:
+    """143, which torchrun and SLURM are told by every process; 0 of those that Lightning has started.
+
+    Its launcher kills the process that started them as soon as one of them fails, before it has come to its own end.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return 0 if trainer.local_rank and isinstance(environment, LightningEnvironment | XLAEnvironment) else STOPPED

@@ -109,9 +109,9 @@ class DecoderBlock(nn.Module):
         for linear in (self.mlp.fc1, self.mlp.fc2):
             nn.init.xavier_uniform_(cast(nn.Linear, linear).weight)
 
-    def forward(self, x: Tensor, image: tuple[Tensor, Tensor], *, mask: Tensor, image_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, memory_BNM: Tensor, *, mask: Tensor, image_mask: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.norm1(x), mask)
-        return self._look(x, image, image_mask)
+        return self._look(x, self.cross_attn.read(memory_BNM), image_mask)
 
     def step(self, x_B1D: Tensor, cache: Cache, *, position: int, image_mask: Tensor | None) -> Tensor:
         """Returns what `forward` gives at one position, once the positions before it are in the cache."""
@@ -166,7 +166,7 @@ class Decoder(nn.Module):
         x = self.token_embed(inputs_RT) + self.pos_embed[:length]  # [R, T] -> [R, T, D]
         mask, image_mask = attention_mask(parallel_R, length), key_mask(valid_BN)
         for block in self.blocks:
-            x = block(x, block.cross_attn.read(memory_BNM), mask=mask, image_mask=image_mask)
+            x = block(x, memory_BNM, mask=mask, image_mask=image_mask)
         out: Tensor = self.norm(x)
         return out
 

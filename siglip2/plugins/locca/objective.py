@@ -42,6 +42,7 @@ class LocCa(Objective):
         prefixes: what each task begins with; {language} in it becomes the language code of the text.
         parallel: probability in [0, 1] that a caption is predicted with all tokens hidden at once; 0.5 in SigLIP 2.
         min_score: regions with a lower detector score are not used, in [0, 1]; 0.3 in LocCa. Those without a score are.
+            Boxes of `siglip2 annotate` with a lower --threshold need a lower value here, too.
         location_languages: only region texts in these languages are used to find and to name boxes; null takes all.
             SigLIP 2 does not say; the detectors that make boxes are asked in English.
         start: progress in [0, 1] at which the objective wakes; before that it is not called at all.
