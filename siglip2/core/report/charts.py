@@ -1,7 +1,9 @@
-"""Charts as inline SVG: a panel per training curve, and the bars of the tables."""
+"""Charts as inline SVG: a panel per training curve, histograms, intervals, and the bars of the tables."""
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -143,3 +145,89 @@ def bar(share: float, *, behind: float = math.nan, chance: float = math.nan) -> 
         left = width(chance).replace("width", "left")
         parts.append(el("i", cls="chance", style=left, title=f"chance {percent(chance)}"))
     return el("span", *parts, cls="bar")
+
+
+def histogram(title: str, edges: Sequence[float], counts: Sequence[int], *, reading: str = "", unit: str = "") -> Html:
+    """A figure of columns, all equally wide whatever their bins; without counts it says so.
+
+    Args:
+        title: what is counted.
+        edges: bounds of the bins, one more than bins.
+        counts: numbers in each bin.
+        reading: shown beside the title, such as the median.
+        unit: behind the last label of the axis.
+    """
+    caption = el("figcaption", el("span", title, cls="curve-name"), el("span", reading, cls="reading"))
+    if not sum(counts):
+        return el("figure", caption, el("p", "There are none.", cls="empty"), cls="panel")
+    top, total = max(counts), sum(counts)
+    wide = (RIGHT - LEFT) / len(counts)
+    parts = [_count_grid(top)]
+    for i, count_ in enumerate(counts):
+        if count_:
+            x, y = LEFT + wide * i, BOTTOM - (BOTTOM - TOP) * count_ / top
+            bin_ = f"{number(edges[i])} to {number(edges[i + 1])} {unit}".rstrip()
+            told = f"{bin_}: {count_:,} ({percent(count_ / total)})"
+            shape = f"M{x + 0.5:.1f} {BOTTOM}V{y:.1f}H{x + wide - 0.5:.1f}V{BOTTOM}Z"
+            parts.append(el("path", el("title", told), d=shape, cls="dot"))
+    every = max(1, math.ceil(len(edges) / 6))
+    for i in range(0, len(edges), every):
+        last = i + every >= len(edges)
+        label = number(edges[i]) + (f" {unit}" if last and unit else "")
+        anchor = "end" if i == len(edges) - 1 else "middle"
+        parts.append(el("text", label, x=f"{LEFT + wide * i:.1f}", y=BOTTOM + 18, cls=f"tick {anchor}"))
+    svg = el("svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{title}: {reading}")
+    return el("figure", caption, svg, cls="panel")
+
+
+def _count_grid(top: int) -> Html:
+    """Lines and labels of a count axis from 0 to `top`."""
+    parts = []
+    for value in [tick for tick in ticks(0, top, 4) if tick == int(tick)]:
+        y = f"{BOTTOM - (BOTTOM - TOP) * value / top:.1f}"
+        parts.append(el("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, cls="grid"))
+        parts.append(el("text", tick_label(value, top), x=LEFT - 7, y=f"{float(y) + 3.5:.1f}", cls="tick end"))
+    return join(parts)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its interval, one row of `intervals`."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+def intervals(title: str, rows: Sequence[Interval], *, band: tuple[float, float] | None = None) -> Html:
+    """A figure with a row for each value: its interval as a line and itself as a dot, over a band of what is usual.
+
+    Args:
+        title: what was estimated.
+        rows: finite values.
+        band: two lines, from and to; None draws none.
+    """
+    caption = el("figcaption", el("span", title, cls="curve-name"))
+    if not rows:
+        return el("figure", caption, el("p", "Nothing was estimated.", cls="empty"), cls="panel")
+    ends = [end for row in rows for end in (row.low, row.high)] + list(band or ())
+    pad = 0.05 * (max(ends) - min(ends)) or 0.5
+    low, high = min(ends) - pad, max(ends) + pad
+    bottom = TOP + 34 * len(rows) + 6
+
+    def x(value: float) -> str:
+        return f"{LEFT + (RIGHT - LEFT) * (value - low) / (high - low):.1f}"
+
+    marks = ticks(low, high, 4)
+    parts = [el("line", x1=x(value), x2=x(value), y1=TOP, y2=bottom, cls="grid") for value in marks]
+    parts += [el("text", number(round(value, 9)), x=x(value), y=bottom + 16, cls="tick middle") for value in marks]
+    parts += [el("line", x1=x(edge), x2=x(edge), y1=TOP, y2=bottom, cls="lost") for edge in band or ()]
+    for i, row in enumerate(rows):
+        y = TOP + 34 * i + 26
+        told = f"{row.name}: {number(row.value)} ({number(row.low)} to {number(row.high)})"
+        parts.append(el("text", row.name, x=LEFT, y=y - 9, cls="tick"))
+        parts.append(el("line", el("title", told), x1=x(row.low), x2=x(row.high), y1=y, y2=y, cls="line"))
+        parts.append(el("circle", el("title", told), cx=x(row.value), cy=y, r=4, cls="dot"))
+    svg = el("svg", *parts, viewBox=f"0 0 {WIDTH} {bottom + 26}", role="img", aria_label=title)
+    return el("figure", caption, svg, cls="panel")
