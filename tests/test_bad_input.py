@@ -54,7 +54,7 @@ def rewrite(path, change):
 
 def test_unknown_plugin_suggests_the_right_name(failed, tiny_recipe):
     message = failed("fit", *tiny_recipe, "--plugins.sigmod.weight", "2")
-    assert "no plugin called 'sigmod', did you mean 'sigmoid'? Installed: ema_teacher, fixed, locca, naflex" in message
+    assert "no plugin called 'sigmod', did you mean 'sigmoid'? Installed: acid, ema_teacher, fixed, locca," in message
 
 
 def test_unknown_plugin_option_lists_the_options(failed, tiny_recipe):
@@ -289,7 +289,8 @@ def test_run_past_the_rate_of_bad_samples_stops_with_a_report():
     from siglip2.core.batch import Batch, Fault
 
     counter = FaultCounter(max_bad=0.1, patience=10)
-    bad = Batch({}, 4, 0, faults=(Fault("a.tar", "k1", "no caption"), Fault("a.tar", "k2", "no caption")))
+    faults = (Fault("a.tar", "k1", "no caption"), Fault("a.tar", "k2", "no caption"))
+    bad = Batch({}, 4, 0, keys=("a", "b", "c", "d"), faults=faults)
     counter.on_train_batch_start(None, None, bad, 0)  # 6 seen: too early to judge
     with pytest.raises(RuntimeError, match=r"4 of 12 samples .* \(4 x no caption\).*a\.tar: k2.*max_bad = 0\.1"):
         counter.on_train_batch_start(None, None, bad, 1)

@@ -21,3 +21,26 @@ def test_what_stands_before_it_names_the_option():
 
 def test_other_messages_stay_as_they_are():
     assert essence("no recipe 'x'\nGive a path") == "no recipe 'x'\nGive a path"
+
+
+NESTED = """Parser key "data.train":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'siglip2.core.data.settings.TrainSet'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'siglip2.core.data.settings.TrainSet':
+        Parser key "sources":
+          Does not validate against any of the Union subtypes
+          Subtypes: [dict[str, siglip2.core.data.settings.SourceSet], <class 'NoneType'>]
+          Errors:
+            - Problem with given class_path 'siglip2.core.data.settings.SourceSet':
+                Option 'wieght' is not accepted
+            - Expected a <class 'NoneType'>
+          Given value type: <class 'dict'>
+          Given value: {'a': {'path': 'x', 'wieght': 1}}
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'jsonargparse._util.NestedArg'>
+  Given value: NestedArg(key='sources', val={'a': {'path': 'x', 'wieght': 1}})"""
+
+
+def test_of_one_error_inside_another_the_place_and_the_reason_are_left():
+    assert essence(NESTED) == "Parser key \"data.train.sources\": Option 'wieght' is not accepted"

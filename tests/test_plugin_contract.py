@@ -25,6 +25,7 @@ from siglip2.testing.training_checks import (
 
 SMALL = {"hidden": 32, "bottleneck": 16, "prototypes": 64, "freeze_prototypes": 0.0}
 OPTIONS = {
+    "acid": {"score": "hard_learner", "n_chunks": 2, "groups": 2, "watch": ["label"]},
     "fixed": {"image_size": 64, "batch_size": 8},
     "locca": {"length": 40},
     "silc": {"local_crops": 2, "local_size": 16, **SMALL},

@@ -32,6 +32,7 @@ def set_up_logging() -> None:
         "The '.*_dataloader' does not have many workers",  # their number changes nothing but speed
         "Precision .* is not supported by the model summary",
         "Experiment logs directory",
+        "Found .* in eval mode at the start of training",  # teachers and references are, on purpose
     ):
         warnings.filterwarnings("ignore", message)
 

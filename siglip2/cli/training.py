@@ -5,6 +5,7 @@ import re
 import sys
 from argparse import SUPPRESS
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import yaml
@@ -23,11 +24,14 @@ from siglip2.core.callbacks.retrieval import Retrieval
 from siglip2.core.callbacks.run_record import RunRecord
 from siglip2.core.callbacks.save_on_signal import SaveOnSignal
 from siglip2.core.callbacks.save_the_end import SaveTheEnd
+from siglip2.core.callbacks.source_counts import SourceCounts
 from siglip2.core.callbacks.throughput import Throughput
 from siglip2.core.callbacks.watchdog import Watchdog
 from siglip2.core.callbacks.zero_shot import ZeroShot
 from siglip2.core.checkpoint import AtomicCheckpointIO, newest_checkpoint
 from siglip2.core.data.datamodule import SigLIP2Data
+from siglip2.core.data.fields import Fields
+from siglip2.core.data.settings import ReferringSet, RetrievalSet, SourceSet, ZeroShotSet
 from siglip2.core.module import SigLIP2Module
 from siglip2.core.optim import PUBLISHED
 from siglip2.recipes import expand_arguments
@@ -36,6 +40,7 @@ from siglip2.xla import register
 
 log = logging.getLogger(__name__)
 LAST = "last"
+NAMED_SETS = (SourceSet, ZeroShotSet, RetrievalSet, ReferringSet, Fields)  # behind names that a recipe gives
 CKPT_HELP = (
     "Checkpoint to resume or to use. `fit` takes `last` for the newest of the run's folder, or none if there is none."
 )
@@ -56,6 +61,7 @@ class RecipeParser(LightningArgumentParser):
         unknown = UNKNOWN.search(message)
         if unknown and ("not accept" in message or "unrecognized" in message or "not expected" in message):
             known = {word for dest in self._all_keys() for word in (dest, dest.rsplit(".", 1)[-1])}
+            known |= {field.name for settings in NAMED_SETS for field in fields(settings)}
             hint = suggestion(unknown[1], known) if unknown[1] not in known else "."
             message += "" if hint == "." else f"\n  '{unknown[1]}' is not known{hint}"
         print(f"{self.prog}: error: {message}\n`{self.prog} --help` lists every option.", file=sys.stderr)
@@ -130,7 +136,7 @@ class SigLIP2CLI(LightningCLI):
         always.append(FaultCounter(train.max_bad if train else 1.0))
         self.report = RunRecord(self.zero_shot, self.retrieval, self.referring)
         if self.command == "fit":
-            always += [Throughput(), SaveTheEnd(), self.report]
+            always += [Throughput(), SourceCounts(), SaveTheEnd(), self.report]
             # behind the others, so that what is saved holds what they learned of the step
             always += [kind() for kind in (Watchdog, SaveOnSignal) if not self._has_callback(kind)]
             kwargs.update(self._validation_within_the_run())

@@ -223,9 +223,15 @@ class SigLIP2Module(LightningModule):
     def _in_parts(self, batch: Batch, progress: float) -> tuple[dict[str, Tensor], Tensor]:
         """The loss terms of a batch that is run in parts, and the last part's loss, whose backward pass is left."""
         self.trainer.optimizers[0].zero_grad()
-        kept = self(batch, progress, self.curate)
-        batch = batch if kept is None else batch.select(kept)
         count, scalars = self.accumulate, {}
+
+        def curate(step: Step) -> Tensor | None:
+            kept = self.curate(step)
+            scalars.update(step.scalars)
+            return kept
+
+        kept = self(batch, progress, curate)
+        batch = batch if kept is None else batch.select(kept)
         parts = parts_of(batch, count, self.device)
 
         def pairs(whole: Step) -> Owed:

@@ -29,6 +29,7 @@ class Context:
         layout: the layout of the batch.
         tokenizer: text to ids.
         languages: share of each language when a sample has captions in several; None draws evenly.
+        captions: share of each field that captions are drawn from; None takes the field `caption`.
     """
 
     entropy: tuple[int, ...]
@@ -36,6 +37,7 @@ class Context:
     layout: Layout
     tokenizer: "Tokenizer"
     languages: Mapping[str, float] | None = None
+    captions: Mapping[str, float] | None = None
 
     @cached_property
     def rng(self) -> np.random.Generator:
@@ -104,6 +106,42 @@ def draw_text(captions: Mapping[str, list[str]], context: Context, language: str
     return Text(code, captions[code][int(context.rng.integers(len(captions[code])))])
 
 
+def draw_caption(sample: "Sample", context: Context, language: str | None = None) -> Text:
+    """Returns one caption of a sample: the field is drawn by its share, then the language by its, then the text evenly.
+
+    Fields that have no caption to draw for this sample are left out, and the shares of the others count. One that
+    cannot be read is noted.
+
+    Args:
+        sample: has the captions.
+        context: `captions` and `languages` give the shares. Without `captions` only the field `caption` is read, and
+            no random number is spent on the choice.
+        language: only this one; None takes all.
+
+    Raises:
+        BadSample: if there is no caption that may be drawn.
+    """
+    if context.captions is None:
+        return _drawn(sample, sample.captions(), context, language)
+    found, sizes = {}, {}
+    for name, share in context.captions.items():
+        captions = sample.captions_if_any(name)
+        if shares(captions, context, language):
+            found[name], sizes[name] = captions, share
+    if not found:
+        raise sample.bad(f"no caption{'' if language is None else f' in {language}'} in {', '.join(context.captions)}")
+    total = sum(sizes.values())
+    number = context.rng.choice(len(sizes), p=[size / total for size in sizes.values()])
+    return _drawn(sample, list(found.values())[int(number)], context, language)
+
+
+def _drawn(sample: "Sample", captions: Mapping[str, list[str]], context: Context, language: str | None) -> Text:
+    drawn = draw_text(captions, context, language)
+    if drawn is None:
+        raise sample.bad(f"no caption in {language or context.languages}, it has {sorted(captions)}")
+    return drawn
+
+
 def fitted_ids(text: str, sample: "Sample", context: Context, *, what: str) -> Tensor:
     """Returns a text as the ids that the text tower reads, int32 [1, T]; a text that is cut is noted.
 
@@ -133,10 +171,7 @@ class TextView:
     copies: int = 1
 
     def __call__(self, sample: "Sample", context: Context) -> Tensor:
-        captions = sample.captions()
-        drawn = draw_text(captions, context, self.language)
-        if drawn is None:
-            raise sample.bad(f"no caption in {self.language or context.languages}, it has {sorted(captions)}")
+        drawn = draw_caption(sample, context, self.language)
         return fitted_ids(drawn.text, sample, context, what="caption")
 
 

@@ -6,17 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize
 
 from siglip2.core.batch import Patches
-from siglip2.core.functional import grid_coords, patchify
 from siglip2.core.hooks import hookimpl
 from siglip2.core.layout import Layout
 from siglip2.core.plugin import Plugin
+from siglip2.core.square import FILTERS, square_patches
 from siglip2.core.views import View
-
-FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 
 
 class Protocol(NamedTuple):
@@ -69,9 +65,7 @@ class FixedPatchifier:
 
     def __call__(self, image: Tensor, view: View, layout: Layout, rng: np.random.Generator | None = None) -> Patches:
         """Returns the patches [1, N, P] uint8 of an image [3, H, W] uint8."""
-        size = [self.image_size, self.image_size]
-        square = resize(image, size, interpolation=FILTERS[self.filter], antialias=self.antialias)
-        return Patches(patchify(square, self.patch_size)[None], grid_coords(*self.grid)[None], None, self.grid)
+        return square_patches(image, self.image_size, self.patch_size, filter=self.filter, antialias=self.antialias)
 
     def contract(self) -> dict[str, object]:
         plain = {k: v for k, v in asdict(self).items() if k != "batch_size"}

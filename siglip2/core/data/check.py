@@ -40,6 +40,33 @@ def check_source(
             _try_out(source, indices, use)
 
 
+def check_captions(source: Source, captions: Sequence[str], num: int = 64) -> None:
+    """Read more samples of the same two shards for captions that not every sample has.
+
+    Args:
+        source: what to check.
+        captions: the fields that captions are drawn from.
+        num: samples to read of each of the two shards.
+
+    Raises:
+        ValueError: if none of these samples has a caption in one of the fields; names it, and lists what they have.
+    """
+    sizes = source.shard_sizes()
+    filled = [shard for shard, size in enumerate(sizes) if size]
+    starts = {sum(sizes[:shard]): min(num, sizes[shard]) for shard in (filled[0], filled[-1])}
+    reasons: dict[str, list[str]] = {name: [] for name in captions}
+    samples: list[Sample] = []
+    for start, count in starts.items():
+        readable, errors = _readable(source, range(start, start + count))
+        samples += readable
+        for name in captions:
+            found = [_unusable(sample, name, captions=True) for sample in readable]
+            reasons[name] += errors + [str(error) for error in found if error]
+    for name, refused in reasons.items():
+        if len(refused) == sum(starts.values()):
+            raise ValueError(_explain(source, name, samples, refused))
+
+
 def _try_out(source: Source, indices: range, use: Callable[[int], Any]) -> None:
     refused: list[BadSample] = []
     for i in indices:
@@ -65,10 +92,14 @@ def _readable(source: Source, indices: range) -> tuple[list[Sample], list[str]]:
     return samples, errors
 
 
-def _unusable(sample: Sample, name: str) -> BadSample | None:
-    readers = {"image": sample.image, "caption": sample.captions}
+def _unusable(sample: Sample, name: str, *, captions: bool = False) -> BadSample | None:
     try:
-        readers[name]() if name in readers else sample.get(name)
+        if name == "image":
+            sample.image()
+        elif captions or name == "caption":
+            sample.captions(name)
+        else:
+            sample.get(name)
     except BadSample as error:
         return error
     return None

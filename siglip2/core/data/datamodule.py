@@ -3,11 +3,12 @@
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from itertools import combinations
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -15,13 +16,15 @@ from torch.utils.data import DataLoader
 
 from siglip2.core.batch import Batch
 from siglip2.core.checkpoint import read_checkpoint
-from siglip2.core.data.check import check_source
-from siglip2.core.data.loader import EvalBatches, FromIndex, Maker, Noticeboard, ResumableLoader, TrainBatches
+from siglip2.core.data.check import check_captions, check_source
+from siglip2.core.data.loader import EvalBatches, FromIndex, Maker, Noticeboard, ResumableLoader, Shares, TrainBatches
+from siglip2.core.data.mixture import JoinedSource, Mixture, seed_of
 from siglip2.core.data.order import Order
 from siglip2.core.data.predicting import PicturesToRank
 from siglip2.core.data.settings import PredictSet, ReferringSet, RetrievalSet, TextOptions, TrainSet, ZeroShotSet
 from siglip2.core.data.source import Source, open_source
 from siglip2.core.data.text import Tokenizer
+from siglip2.core.data.weights import open_weights
 from siglip2.core.hooks import build_manager
 from siglip2.core.layout import Patchifier, Phase, phases
 from siglip2.core.plugin import Plugin
@@ -36,6 +39,14 @@ FIELDS_NEEDED = {
     RetrievalSet: ("image", "caption"),
     ReferringSet: ("image", "regions"),
 }
+
+
+@runtime_checkable
+class ChecksItself(Protocol):
+    """A view that reads more than samples, and can tell beforehand whether that is there and fits."""
+
+    def check(self, source: Source, tokenizer: Tokenizer) -> None:
+        """Raises ValueError if what it reads does not fit the samples or the text contract."""
 
 
 class SigLIP2Data(LightningDataModule):
@@ -79,6 +90,8 @@ class SigLIP2Data(LightningDataModule):
         self.boards: dict[str, Noticeboard] = {}
         self._eval_sources: dict[str, Source] = {}
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self._train_parts = train.parts() if train else {}
+        self.train_shares = train.source_shares() if train else {}
         kinds = {"zero-shot": set(self.zero_shot), "retrieval": set(self.retrieval), "referring": set(self.referring)}
         for (a, some), (b, others) in combinations(kinds.items(), 2):
             if clash := sorted(some & others):
@@ -94,32 +107,35 @@ class SigLIP2Data(LightningDataModule):
         patchifier: Patchifier = self._hooks.hook.patchifier()
         return patchifier
 
-    @property
-    def _train_set(self) -> TrainSet:
+    @cached_property
+    def _train_sources(self) -> dict[str, Source]:
+        """The sets that are trained on by name, opened and checked; one alone has the name ""."""
         if self.train is None:
             raise ValueError("data.train is not set: give at least data.train.path")
-        return self.train
+        return {name: _open_train(name, part) for name, part in self._train_parts.items()}
 
     @cached_property
     def train_source(self) -> Source:
-        """The samples that are trained on, opened and checked."""
-        train = self._train_set
-        source = open_source(
-            train.path, format=train.format, fields=train.fields, cache_dir=train.cache_dir, max_bytes=train.max_bytes
-        )
-        check_source(source)
-        return source
+        """The samples that are trained on, those of several sources one after another."""
+        sources = self._train_sources
+        return JoinedSource(sources) if self.train_shares else sources[""]
+
+    @cached_property
+    def train_order(self) -> Order | Mixture:
+        """Which sample stands at which position of the training stream."""
+        orders = {name: self._order(name, source) for name, source in self._train_sources.items()}
+        return Mixture(orders, self.train_shares, self.seed) if self.train_shares else orders[""]
+
+    def _order(self, name: str, source: Source) -> Order:
+        part, seed = self._train_parts[name], seed_of(self.seed, name) if name else self.seed
+        with _in_source(name):
+            weights = None if part.weights is None else open_weights(source, part.weights)
+            return Order(source.shard_sizes(), seed, window=part.window, weights=weights)
 
     @property
     def _train_maker(self) -> Maker:
-        return Maker(
-            self.train_source,
-            self.patchifier,
-            self.tokenizer,
-            self.seed,
-            self._train_set.languages,
-            self._board("train"),
-        )
+        shares = {name: Shares(part.languages, part.captions) for name, part in self._train_parts.items()}
+        return Maker(self.train_source, self.patchifier, self.tokenizer, self.seed, shares, self._board("train"))
 
     def _board(self, name: str) -> Noticeboard:
         """Where the workers of a loader note what they read; the watchdog looks at `boards`."""
@@ -129,7 +145,9 @@ class SigLIP2Data(LightningDataModule):
         """Before `fit`: makes every view of two samples of the first and the last shard of every set.
 
         Raises:
-            ValueError: if a field is missing or no sample can be used; names source, shard, key and field.
+            FileNotFoundError: if shards or example weights are missing.
+            ValueError: if a field is missing, no sample can be used, or example weights are stale; names source, shard,
+                key and field.
         """
         if stage != "fit" or self.train is None:
             return
@@ -137,7 +155,15 @@ class SigLIP2Data(LightningDataModule):
         maker, layout = self._train_maker, replace(self.patchifier.layout(0), batch_size=1)
         for phase in phases(self.recipe_plugins):
             views = self.views_of(phase)
-            check_source(self.train_source, (), use=partial(maker.row, position=0, views=views, layout=layout))
+            for view in views:
+                if isinstance(view, ChecksItself):
+                    view.check(self.train_source, self.tokenizer)
+            make = partial(maker.row, position=0, views=views, layout=layout)
+            for name, source in self._train_sources.items():
+                first = self.train_source.first_of(name) if isinstance(self.train_source, JoinedSource) else 0
+                with _in_source(name):
+                    check_source(source, (), use=_beginning_at(first, make))
+        _ = self.train_order  # opens example weights
         evaluated = self.eval_sets if self.trainer is None or self.trainer.limit_val_batches else {}
         sizes = [f"{name} {self.eval_batches(name).num_samples}" for name in evaluated]
         if self.trainer is None or self.trainer.is_global_zero:
@@ -149,6 +175,10 @@ class SigLIP2Data(LightningDataModule):
         shards = len(self.train_source.shard_sizes())
         ranks, workers = self.trainer.world_size if self.trainer else 1, max(1, self.num_workers)
         text = f"{len(self.train_source)} samples in {shards} shard{'s' * (shards > 1)}"
+        if self.train_shares:
+            sizes = {name: len(source) for name, source in self._train_sources.items()}
+            parts = [f"{share:.4g} {name} ({sizes[name]})" for name, share in self.train_shares.items()]
+            text += f", mixed {' + '.join(parts)},"
         text += f" for {ranks} rank{'s' * (ranks > 1)} x {workers} worker{'s' * (workers > 1)}"
         if 1 < shards < ranks * workers:
             text += (
@@ -194,11 +224,10 @@ class SigLIP2Data(LightningDataModule):
             world_size: processes that share each batch.
             timeline: where the run stands in the whole; None for a whole one.
         """
-        order = Order(self.train_source.shard_sizes(), self.seed, window=self._train_set.window)
         views = [(phase.start, self.views_of(phase)) for phase in phases(self.recipe_plugins)]
         return TrainBatches(
             self._train_maker,
-            order,
+            self.train_order,
             views,
             max_batches=max_batches,
             accumulate=accumulate,
@@ -283,6 +312,36 @@ class SigLIP2Data(LightningDataModule):
             persistent_workers=False,
             prefetch_factor=4 if workers else None,
         )
+
+
+def _open_train(name: str, part: TrainSet) -> Source:
+    """Opens one set that is trained on, and looks for its pictures and captions."""
+    assert part.path is not None
+    with _in_source(name):
+        source = open_source(
+            part.path, format=part.format, fields=part.fields, cache_dir=part.cache_dir, max_bytes=part.max_bytes
+        )
+        if part.captions is None:
+            check_source(source)
+        else:
+            check_source(source, ("image",))
+            check_captions(source, list(part.captions))
+    return source
+
+
+def _beginning_at(first: int, make: Callable[[int], Any]) -> Callable[[int], Any]:
+    return lambda number: make(first + number)
+
+
+@contextmanager
+def _in_source(name: str) -> Iterator[None]:
+    """Says of errors which of several sources they are about."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if name:
+            error.add_note(f"in data.train.sources.{name}")
+        raise
 
 
 def caption_name(language: str | None) -> str:

@@ -188,6 +188,7 @@ class Sample:
         record: extension or column -> stored value.
         fields: what the record's entries mean.
         unread: names of what else is stored for it, left out of `record` because no field can be in it.
+        source: which of several sources it came from; "" where there is only one.
         notes: what of it could not be used although the sample can: a bad box, a caption cut short.
     """
 
@@ -196,13 +197,19 @@ class Sample:
     record: dict[str, Any] = field(repr=False)
     fields: Fields = field(default_factory=Fields)
     unread: tuple[str, ...] = ()
+    source: str = ""
     notes: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
     _parsed: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     _image: "Tensor | None" = field(default=None, init=False, repr=False, compare=False)
 
     def bad(self, reason: str) -> BadSample:
         """The exception that says this sample cannot be used, and why."""
-        return BadSample(self.where, self.key, reason)
+        return BadSample(self.place, self.key, reason)
+
+    @property
+    def place(self) -> str:
+        """`where` for a reader, with the name of the source if there are several: `english: 00000.tar`."""
+        return f"{self.source}: {self.where}" if self.source else self.where
 
     def note(self, reason: str) -> None:
         """Remembers that a part of the sample could not be used, once per reason; it is counted and logged."""
@@ -240,24 +247,38 @@ class Sample:
                 raise self.bad(str(error)) from None
         return self._image
 
-    def captions(self) -> dict[str, list[str]]:
+    def captions(self, name: str = "caption") -> dict[str, list[str]]:
         """Language -> its texts, blank ones left out; texts without a language are under the key "".
+
+        Args:
+            name: the field that holds them: `caption`, or an extra field with other captions.
 
         Raises:
             BadSample: if there is no caption, or it is neither text, list nor mapping.
+            ValueError: if there is no such field.
         """
-        value = self.get("caption")
+        value = self.get(name)
         by_language = value if isinstance(value, Mapping) else {"": value}
         found: dict[str, list[str]] = {}
         for language, texts in by_language.items():
             texts = texts if isinstance(texts, list) else [texts]
             if not all(isinstance(text, str | None) for text in texts):
-                raise self.bad(f"the caption holds {texts!r:.80}, expected a text, a list of texts or language: text")
+                raise self.bad(f"the {name} holds {texts!r:.80}, expected a text, a list of texts or language: text")
             if kept := [text.strip() for text in texts if text and text.strip()]:
                 found[str(language)] = kept
         if not found:
-            raise self.bad("the caption is blank")
+            raise self.bad(f"the {name} is blank")
         return found
+
+    def captions_if_any(self, name: str) -> dict[str, list[str]]:
+        """As `captions`, but empty where the field is missing; one that cannot be read is noted, and empty."""
+        if not self.has(name):
+            return {}
+        try:
+            return self.captions(name)
+        except BadSample as error:
+            self.note(error.reason)
+            return {}
 
     def available(self) -> list[str]:
         """What is stored for the sample, keys inside JSON written as a spec would: `jpg`, `json.caption`."""

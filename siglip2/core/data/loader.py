@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from siglip2.core.batch import Batch, Fault, Pack, collate
 from siglip2.core.data.fields import BadSample
+from siglip2.core.data.mixture import Mixture
 from siglip2.core.data.order import Order
 from siglip2.core.data.source import Source
 from siglip2.core.data.text import Tokenizer
@@ -87,6 +88,18 @@ class Row(NamedTuple):
     notes: list[Fault]
 
 
+class Shares(NamedTuple):
+    """How a caption is drawn from those of a sample.
+
+    Args:
+        languages: share of each language; None draws evenly.
+        captions: share of each caption field; None takes `caption`.
+    """
+
+    languages: Mapping[str, float] | None = None
+    captions: Mapping[str, float] | None = None
+
+
 @dataclass(frozen=True)
 class Maker:
     """Makes rows of views out of samples; the same for training and evaluation.
@@ -96,7 +109,8 @@ class Maker:
         patchifier: the recipe's patchifier.
         tokenizer: text to ids.
         seed: with the position of a sample it decides every random choice.
-        languages: share of each language among captions; None draws evenly.
+        shares: how captions are drawn, by the source of the sample ("" where there is only one); evenly from
+            `caption` where nothing is said.
         board: where to note what is being read.
     """
 
@@ -104,22 +118,22 @@ class Maker:
     patchifier: Patchifier
     tokenizer: Tokenizer
     seed: int
-    languages: Mapping[str, float] | None = None
+    shares: Mapping[str, Shares] = field(default_factory=dict)
     board: Noticeboard | None = field(default=None, compare=False, repr=False)
 
     def row(self, sample_index: int, *, position: int, views: Sequence[View], layout: Layout) -> Row:
         """Returns the views of one sample; raises BadSample."""
         self.note(lambda: f"reading {self._place(sample_index)}")
         sample = self.source.read(sample_index)
-        self.note(lambda: f"making views of {sample.where}, key {sample.key},")
+        self.note(lambda: f"making views of {sample.place}, key {sample.key},")
         made: dict[str, Any] = {}
         for view in views:
             try:
-                made[view.name] = view(sample, self._context(view, position, layout))
+                made[view.name] = view(sample, self._context(view, position, layout, sample.source))
             except Exception as error:
-                error.add_note(f"while making the view '{view.name}' of {sample.where}, key {sample.key}")
+                error.add_note(f"while making the view '{view.name}' of {sample.place}, key {sample.key}")
                 raise
-        return Row(sample.key, made, [Fault(sample.where, sample.key, reason) for reason in sample.notes])
+        return Row(sample.key, made, [Fault(sample.place, sample.key, reason) for reason in sample.notes])
 
     def note(self, text: Callable[[], str]) -> None:
         """Notes what this worker begins to do, if there is a board."""
@@ -151,9 +165,10 @@ class Maker:
             raise ValueError(f"{type(self.patchifier).__name__} has a packed layout, but no method `pack`")
         return partial(self.patchifier.pack, layout=layout)
 
-    def _context(self, view: View, position: int, layout: Layout) -> Context:
+    def _context(self, view: View, position: int, layout: Layout, source: str) -> Context:
         entropy = (self.seed, position, zlib.crc32(view.name.encode()))
-        return Context(entropy, self.patchifier, layout, self.tokenizer, self.languages)
+        languages, captions = self.shares.get(source, Shares())
+        return Context(entropy, self.patchifier, layout, self.tokenizer, languages, captions)
 
 
 class TrainBatches(Dataset[Batch]):
@@ -176,7 +191,7 @@ class TrainBatches(Dataset[Batch]):
     def __init__(
         self,
         maker: Maker,
-        order: Order,
+        order: Order | Mixture,
         views: Sequence[tuple[float, tuple[View, ...]]],
         *,
         max_batches: int,

@@ -1,6 +1,7 @@
 """What a recipe says about its data: frozen, plain, and the same on the command line."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields, replace
 
 from siglip2.core.data.fields import Fields
 
@@ -31,28 +32,127 @@ class TextOptions:
 
 
 @dataclass(frozen=True)
+class SourceSet:
+    """One of several sources of training examples. What is null here is as `data.train` has it.
+
+    Args:
+        path: shards, a table or an image folder; see data.train.path.
+        weight: share of the training examples that come from here; shares are divided by their sum.
+        format: tar, table, folder, or auto.
+        fields: where image, caption, label and regions are found in a sample; given as a whole.
+        languages: share of each language where samples have captions in several.
+        captions: share of each caption field.
+        window: shards that are shuffled together.
+        weights: name of the example weights to sample by.
+        cache_dir: folder that keeps local copies of remote shards.
+        max_bytes: files in a sample larger than this make it unusable.
+    """
+
+    path: str
+    weight: float | None = None
+    format: str | None = None
+    fields: Fields | None = None
+    languages: dict[str, float] | None = None
+    captions: dict[str, float] | None = None
+    window: int | None = None
+    weights: str | None = None
+    cache_dir: str | None = None
+    max_bytes: int | None = None
+
+
+INHERITED = tuple(f.name for f in fields(SourceSet) if f.name not in ("path", "weight"))
+
+
+@dataclass(frozen=True)
 class TrainSet:
-    """What is trained on.
+    """What is trained on: one set (`path`), or a mixture of several (`sources`).
 
     Args:
         path: shards (brace notation, a glob, a folder, `a::b`, any fsspec URL), a CSV/TSV table, or an image folder.
+        sources: several sets by name instead of `path`, each with its share of the examples.
         format: tar, table, folder, or auto.
         fields: where image, caption, label and regions are found in a sample.
         languages: share of each language where samples have captions in several; null draws evenly.
+        captions: share of each field that captions are drawn from, `caption` or one of fields.extra; a sample that
+            lacks one is drawn from those it has. Null takes the field `caption`.
         window: shards that are shuffled together; null shuffles the whole set at once.
+        weights: name of the example weights to sample by, as `siglip2 balance --name` wrote them beside the shards;
+            null takes every sample once an epoch.
         cache_dir: folder that keeps local copies of remote shards; null reads ranges.
         max_bytes: files in a sample larger than this make it unusable.
         max_bad: share of unusable samples at which the run stops.
     """
 
-    path: str
+    path: str | None = None
+    sources: dict[str, SourceSet] | None = None
     format: str = "auto"
     fields: Fields = field(default_factory=Fields)
     languages: dict[str, float] | None = None
+    captions: dict[str, float] | None = None
     window: int | None = None
+    weights: str | None = None
     cache_dir: str | None = None
     max_bytes: int = 64 * 2**20
     max_bad: float = 0.05
+
+    def parts(self) -> "dict[str, TrainSet]":
+        """Returns one set with a path for each source, by name; one set alone has the name "".
+
+        Raises:
+            ValueError: if there is no path and no source, or there are both; if a caption field or a share is wrong.
+        """
+        if self.path is not None and self.sources is not None:
+            raise ValueError("data.train has both path and sources: give one set as path, or several as sources")
+        if self.path is None and not self.sources:
+            raise ValueError("data.train needs the option 'path', or 'sources' by name, each with a path and a weight")
+        if self.sources is None:
+            parts = {"": self}
+        else:
+            parts = {name: self._with(source) for name, source in self.sources.items()}
+        for name, part in parts.items():
+            _check_captions(part, f"data.train.sources.{name}" if name else "data.train")
+        return parts
+
+    def _with(self, source: SourceSet) -> "TrainSet":
+        own = {f: v for f in INHERITED if (v := getattr(source, f)) is not None}
+        return replace(self, path=source.path, sources=None, **own)
+
+    def source_shares(self) -> dict[str, float]:
+        """Returns the share of the examples that come from each source, by name; they sum to 1.
+
+        Raises:
+            ValueError: if a weight is missing, or is no number above 0.
+        """
+        weights = {name: source.weight for name, source in (self.sources or {}).items()}
+        for name, weight in weights.items():
+            if weight is None:
+                raise ValueError(
+                    f"data.train.sources.{name} has no weight: give each source its share of the examples, "
+                    f"as in {{path: ..., weight: 0.9}}"
+                )
+            _check_share(weight, f"data.train.sources.{name}.weight")
+        total = sum(filter(None, weights.values()))
+        return {name: (weight or 0.0) / total for name, weight in weights.items()}
+
+
+def _check_captions(part: TrainSet, option: str) -> None:
+    if part.captions is None:
+        return
+    if not part.captions:
+        raise ValueError(f"{option}.captions is empty: give shares as in {{caption: 0.6, synthetic: 0.4}}, or null")
+    known = ["caption", *part.fields.extra]
+    for name, share in part.captions.items():
+        if name not in known:
+            raise ValueError(
+                f"{option}.captions names {name!r}, which is no field with captions; known: {', '.join(known)}. "
+                f"Add it to data.train.fields.extra, as in {{extra: {{{name}: json.{name}}}}}"
+            )
+        _check_share(share, f"{option}.captions.{name}")
+
+
+def _check_share(share: float, option: str) -> None:
+    if not 0 < share < math.inf:
+        raise ValueError(f"{option} is {share:g}, expected a share above 0; leave out what is not wanted")
 
 
 @dataclass(frozen=True)

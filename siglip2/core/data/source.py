@@ -60,10 +60,8 @@ def open_source(
         FileNotFoundError: if nothing is there; says what was looked for and what lies near.
         ValueError: if it is of no known kind or holds no samples.
     """
-    if format not in FORMATS:
-        raise ValueError(f"no format called {format!r}; known: {', '.join(FORMATS)}")
     paths = [path] if isinstance(path, str) else list(path)
-    kind = _kind(paths) if format == "auto" else format
+    kind = kind_of(paths, format)
     if kind == "tar":
         return TarSource(paths, fields=fields, cache_dir=cache_dir, max_bytes=max_bytes)
     if len(paths) != 1 or "::" in paths[0]:
@@ -76,7 +74,20 @@ def open_source(
     return FolderSource(only, fields=fields, max_bytes=max_bytes)
 
 
-def _kind(paths: list[str]) -> str:
+def kind_of(paths: Sequence[str], format: str = "auto") -> str:
+    """What a source is: `tar`, `table` or `folder`.
+
+    Args:
+        paths: as `open_source` takes them, in a list.
+        format: one of those, or `auto`, which goes by the name.
+
+    Raises:
+        ValueError: if there is no such format, or none can be told.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"no format called {format!r}; known: {', '.join(FORMATS)}")
+    if format != "auto":
+        return format
     first = paths[0].removeprefix("file://") if paths else ""
     if first.endswith((".csv", ".tsv")):
         return "table"

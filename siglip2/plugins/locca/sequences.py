@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from siglip2.core.regions import Box, Region, regions
-from siglip2.core.views import Text, draw_text, shares
+from siglip2.core.views import Text, draw_caption, draw_text, shares
 
 if TYPE_CHECKING:
     from siglip2.core.data.fields import Sample
@@ -162,9 +162,7 @@ class LocCaView:
     copies: int = len(TASKS)
 
     def __call__(self, sample: "Sample", context: "Context") -> Tensor:
-        caption = draw_text(sample.captions(), context)
-        if caption is None:
-            raise sample.bad(f"no caption in {context.languages}, it has {sorted(sample.captions())}")
+        caption = draw_caption(sample, context)
         found = [r for r in self._regions(sample) if shares(r.captions, context)]
         rows = [
             self._caption(caption, sample, context),

@@ -6,7 +6,7 @@ import pytest
 from toy_samples import picture, write_shard
 from webdataset import TarWriter
 
-from siglip2.core.data.check import check_source
+from siglip2.core.data.check import check_captions, check_source
 from siglip2.core.data.fields import Fields
 from siglip2.core.data.source import open_source
 
@@ -65,6 +65,24 @@ def test_check_forgives_one_sample_that_cannot_be_used_but_not_all_of_a_shard(sh
         check_source(source, use=partial(use, refused=(7, 8)))
     message = f"{source.name}: none of the first 2 samples of a shard can be used. {shards / '00002.tar'}: sample"
     assert str(caught.value) == f"{message} '000000007': too dark (while making the view 'image')"
+
+
+def captioned(path, *synthetic):
+    with open(path, "wb") as file, TarWriter(file) as tar:
+        for number, text in enumerate(synthetic):
+            extra = {} if text is None else {"synthetic": text}
+            tar.write({"__key__": f"{number}", "jpg": picture(0), "json": {"caption": "a", **extra}})
+    return open_source(str(path), fields=Fields(extra={"synthetic": "json.synthetic"}))
+
+
+def test_captions_that_only_some_samples_have_pass_the_check(tmp_path):
+    check_captions(captioned(tmp_path / "a.tar", None, None, None, "made"), ("caption", "synthetic"))
+
+
+def test_caption_field_that_no_sample_has_is_named_with_what_there_is(tmp_path):
+    source = captioned(tmp_path / "a.tar", None, " ", None)
+    with pytest.raises(ValueError, match=r"a\.tar: no synthetic in the first 3 samples .* it has jpg, json, json\.cap"):
+        check_captions(source, ("caption", "synthetic"))
 
 
 def test_check_lets_errors_of_the_user_of_samples_pass(shards):

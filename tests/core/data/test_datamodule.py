@@ -14,7 +14,7 @@ from siglip2 import Plugin, TextView, hookimpl
 from siglip2.cli.training import SigLIP2CLI
 from siglip2.core.data.datamodule import SigLIP2Data, read_tokenizer
 from siglip2.core.data.fields import Fields
-from siglip2.core.data.settings import RetrievalSet, TextOptions, TrainSet, ZeroShotSet
+from siglip2.core.data.settings import RetrievalSet, SourceSet, TextOptions, TrainSet, ZeroShotSet
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.layout import phases
 from siglip2.core.views import CAPTION, IMAGE
@@ -190,6 +190,15 @@ def test_before_a_run_every_set_is_looked_at_and_counted_against_its_readers(dat
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("data: 16 samples in 2 shards for 1 rank x 2 workers; evaluation: pairs 16 (checked in ")
     assert "2 shards for 1 rank x 3 workers, which share shards: samples are read at random" in second
+
+
+def test_before_a_run_the_shares_of_a_mixture_are_told(toy_shards, toy_tokenizer, caplog):
+    sources = {"one": SourceSet(str(toy_shards), 3), "two": SourceSet(f"{toy_shards}/00001.tar", 1)}
+    train = TrainSet(sources=sources, fields=Fields(caption="json.caption"))
+    recipe = [Fixed(image_size=32, batch_size=4), Sigmoid()]
+    with caplog.at_level(logging.INFO):
+        SigLIP2Data(recipe, str(toy_tokenizer), TextOptions(length=16), train=train, seed=0).setup("fit")
+    assert caplog.messages[0].startswith("data: 24 samples in 3 shards, mixed 0.75 one (16) + 0.25 two (8), for 1 rank")
 
 
 def test_before_a_run_a_sample_that_no_view_can_be_made_of_is_named_with_its_shard_and_view(data, toy_shards):

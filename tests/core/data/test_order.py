@@ -1,6 +1,10 @@
 """The order of samples is a permutation each epoch and a pure function of seed and position."""
 
 import pickle
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -10,6 +14,25 @@ from siglip2.core.data.order import Order
 SIZES = [7, 0, 5, 11, 3, 8]  # one empty shard
 TOTAL = sum(SIZES)
 WINDOWS = [None, 1, 2, 4, 6, 99]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Weights of the shards of SIZES, kept in memory."""
+
+    values: tuple[float, ...]
+
+    def read(self, shard):
+        start = sum(SIZES[:shard])
+        return np.array(self.values[start : start + SIZES[shard]])
+
+    @property
+    def totals(self):
+        return np.array([self.read(shard).sum() for shard in range(len(SIZES))])
+
+
+# quarters, so that float64 adds them exactly; a third are 0, and so is the whole fifth shard
+UNEVEN = Given(tuple(0.0 if i % 3 == 0 or 23 <= i < 26 else i % 7 / 4 for i in range(TOTAL)))
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -94,12 +117,61 @@ def test_positions_beyond_32_bits_work():
     assert 0 <= index < TOTAL
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+def test_weighted_epoch_equals_systematic_sampling_in_whole_fractions(window):
+    order, total = Order(SIZES, 5, window=window, weights=UNEVEN), sum(map(Fraction, UNEVEN.values))
+    for epoch in range(4):
+        bits = int(np.random.Philox(np.random.SeedSequence(5, spawn_key=(3, epoch))).random_raw(1)[0])
+        u = Fraction(bits >> 11, 2**53)
+        ends = [int(end * TOTAL / total + u) for end in accumulate(map(Fraction, UNEVEN.values))]
+        expected = {i: b - a for i, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a}
+        assert Counter(order.many(epoch * TOTAL, TOTAL)[1].tolist()) == expected
+
+
+def test_samples_come_as_often_as_they_weigh():
+    drawn = np.bincount(Order(SIZES, 5, window=2, weights=UNEVEN).many(0, 2000 * TOTAL)[1], minlength=TOTAL)
+    wanted = np.array(UNEVEN.values) * 2000 * TOTAL / sum(UNEVEN.values)
+    assert not drawn[wanted == 0].any()
+    assert abs(drawn - wanted).max() < 4 * 0.5 * 2000**0.5  # an epoch's count varies by at most half a place
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_equal_weights_visit_every_sample_once_an_epoch(window):
+    order = Order(SIZES, 3, window=window, weights=Given((0.1,) * TOTAL))
+    for epoch in range(3):
+        assert sorted(order.many(epoch * TOTAL, TOTAL)[1].tolist()) == list(range(TOTAL))
+
+
+def test_weighted_answer_does_not_depend_on_the_access_pattern():
+    straight = Order(SIZES, 5, window=2, weights=UNEVEN).many(0, 3 * TOTAL)
+    order = pickle.loads(pickle.dumps(Order(SIZES, 5, window=2, weights=UNEVEN)))
+    for position in np.random.default_rng(0).permutation(3 * TOTAL).tolist():
+        assert order[position] == (straight[0][position], straight[1][position])
+
+
+def test_weighted_substitute_is_drawn_by_weight_from_the_others():
+    order = Order(SIZES, 2, weights=UNEVEN)
+    position = next(p for p in range(TOTAL) if UNEVEN.values[order[p][1]])
+    bad = order[position][1]
+    drawn = Counter(order.substitute(position, attempt) for attempt in range(1, 4001))
+    others = np.array([0 if i == bad else w for i, w in enumerate(UNEVEN.values)])
+    wanted = 4000 * others / others.sum()
+    assert set(drawn) == set(np.flatnonzero(others).tolist())
+    assert all(abs(drawn[i] - wanted[i]) < 5 * wanted[i] ** 0.5 for i in drawn)
+
+
+def test_the_only_sample_with_a_weight_has_no_substitute():
+    weights = Given(tuple(float(i == 9) for i in range(TOTAL)))
+    assert Order(SIZES, 2, weights=weights).substitute(3, 1) == 9
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: Order([], 0), "nothing to order: 0 shards"),
         (lambda: Order([0, 0], 0), "2 shards with 0 samples"),
         (lambda: Order([1], -1), "seed is -1"),
+        (lambda: Order(SIZES, 0, shuffle=False, weights=UNEVEN), "weights are for a shuffled order"),
         (lambda: Order([1], 0, window=0), "window is 0"),
         (lambda: Order([1], 0)[-1], "position is -1"),
         (lambda: Order([1], 0)[0:], "give the slice a stop"),
