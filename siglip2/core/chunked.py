@@ -3,9 +3,14 @@
 The gradient of a cross-entropy in its logits is softmax - target, known as soon as the softmax is. So the forward pass
 turns each chunk of logits into that gradient, in the same memory, and multiplies it out; the backward pass only scales.
 What is kept between the passes are the gradients of the inputs, which backward would have to hold anyway.
+
+Where one program spans several devices (GSPMD), each has a run of neighbouring rows. A chunk then takes as many rows of
+every device, so that all work on each chunk, and there are as many chunks as if a device were alone with its rows:
+their loop is unrolled into the program. Gradients of the classes are added up on each device, and over devices once.
 """
 
-# M rows (tokens), R rows of one chunk, K classes or prototypes, D width, C student views of each teacher row
+# M rows (tokens), P rows of one device, R rows of one chunk, K classes or prototypes, D width, C student views of each
+# teacher row, G devices
 
 from collections.abc import Iterator
 from typing import Any
@@ -118,12 +123,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         max_logits: int,
     ) -> Tensor:
-        grad_x, *sums = grads = _grads(ctx, x, weight, bias, dtype=dtype)
+        count = _devices_of(x.shape[0], x.device)
+        grad_x, *sums = grads = _grads(ctx, x, weight, bias, dtype=dtype, count=count)
         w, b = weight.to(dtype), bias.to(dtype)
         loss = x.new_zeros((), dtype=_sum_dtype(dtype))
-        for rows in _chunks(x.shape[0], w.shape[0], max_logits, x.device):
-            grad_rows = None if grad_x is None else grad_x[rows]
-            loss += _classify(x[rows], w, b, targets[rows], weights[rows], grad_rows, *sums)
+        x_GPD, targets_GP, weights_GP = (_by_device(t, count) for t in (x, targets, weights))
+        grad_x_GPD = None if grad_x is None else grad_x.unflatten(0, (count, -1))
+        for rows in _chunks(x.shape[0] // count, w.shape[0], max_logits, x.device):
+            grad_rows = None if grad_x_GPD is None else grad_x_GPD[:, rows]
+            x_RD, targets_R, weights_R = (t[:, rows].flatten(0, 1) for t in (x_GPD, targets_GP, weights_GP))
+            loss += _classify(x_RD, targets_R, weights_R, w, b, grad_rows, *sums)
         _save(ctx, grads, (x, weight, bias))
         return loss
 
@@ -135,10 +144,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _classify(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
     targets: Tensor,
     weights: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     grad_x: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
@@ -151,7 +160,7 @@ def _classify(
     log_total, total = _exponentiate_(logits)
     logits.mul_(share / total).scatter_add_(1, target, -share)  # share * (softmax - one-hot)
     if grad_bias is not None:
-        grad_bias += logits.sum(0)
+        grad_bias += logits.unflatten(0, (len(grad_bias), -1)).sum(1)
     _multiply_out(logits.to(weight.dtype), x, weight, grad_x, grad_weight)
     return (share * (log_total - at_target)).sum()
 
@@ -168,12 +177,16 @@ class _Consistency(torch.autograd.Function):
         dtype: torch.dtype,
         max_logits: int,
     ) -> Tensor:
-        grad_z, grad_prototypes = grads = _grads(ctx, z, prototypes, dtype=dtype)
+        count = _devices_of(z.shape[1], z.device)
+        grad_z, grad_prototypes = grads = _grads(ctx, z, prototypes, dtype=dtype, count=count)
         p, p_teacher = prototypes.to(dtype), prototypes_teacher.to(dtype)
         loss = z.new_zeros((), dtype=_sum_dtype(dtype))
-        for rows in _chunks(z.shape[1], z.shape[0] * p.shape[0], max_logits, z.device):
-            grad_rows = None if grad_z is None else grad_z[:, rows]
-            loss += _follow(z[:, rows], p, _assign(z_teacher[rows], p_teacher, centre), grad_rows, grad_prototypes)
+        z_GCPD, z_teacher_GPD = _by_device(z, count, dim=1).transpose(0, 1), _by_device(z_teacher, count)
+        grad_z_GCPD = None if grad_z is None else grad_z.unflatten(1, (count, -1)).transpose(0, 1)
+        for rows in _chunks(z.shape[1] // count, z.shape[0] * p.shape[0], max_logits, z.device):
+            grad_rows = None if grad_z_GCPD is None else grad_z_GCPD[:, :, rows]
+            q = _assign(z_teacher_GPD[:, rows], p_teacher, centre)
+            loss += _follow(z_GCPD[:, :, rows], p, q, grad_rows, grad_prototypes)
         _save(ctx, grads, (z, prototypes))
         return loss
 
@@ -184,21 +197,21 @@ class _Consistency(torch.autograd.Function):
 
 
 def _assign(z: Tensor, prototypes: Tensor, centre: Tensor) -> Tensor:
-    """Returns the teacher's assignments softmax(z P^T - centre), [R, K]."""
-    logits = _wide_product(z.to(prototypes.dtype), prototypes).sub_(centre)
+    """Returns the teacher's assignments softmax(z P^T - centre) of z [G, R, D], [G, R, K]."""
+    logits = _wide_product(z.to(prototypes.dtype).flatten(0, 1), prototypes).sub_(centre)
     _, total = _exponentiate_(logits)
-    return logits.div_(total)
+    return logits.div_(total).unflatten(0, z.shape[:2])
 
 
 def _follow(z: Tensor, prototypes: Tensor, q: Tensor, grad_z: Tensor | None, grad_prototypes: Tensor | None) -> Tensor:
-    """Returns the cross-entropy of z [C, R, D] to q [R, K], writes the gradient of z and adds to the other."""
-    x = z.to(prototypes.dtype).flatten(0, 1)
-    logits = _wide_product(x, prototypes)  # [C * R, K], and all that follows in the same memory
-    by_view = logits.unflatten(0, z.shape[:2])
-    agreement = torch.einsum("crk,rk->cr", by_view, q)  # a product and a sum would take as much memory again
+    """Returns the cross-entropy of z [G, C, R, D] to q [G, R, K], writes the gradient of z and adds to the other."""
+    x = z.to(prototypes.dtype).flatten(0, 2)
+    logits = _wide_product(x, prototypes)  # [G * C * R, K], and all that follows in the same memory
+    by_view = logits.unflatten(0, z.shape[:3])
+    agreement = torch.einsum("gcrk,grk->gcr", by_view, q)  # a product and a sum would take as much memory again
     log_total, total = _exponentiate_(logits)
     logits.div_(total)
-    by_view.sub_(q)
+    by_view.sub_(q[:, None])
     _multiply_out(logits.to(x.dtype), x, prototypes, grad_z, grad_prototypes)
     return log_total.sum() - agreement.sum()  # -sum_k q_k (logits_k - log_total), as q sums to 1
 
@@ -222,10 +235,37 @@ def _multiply_out(grad: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None
         grad_x.copy_((grad @ weight).view_as(grad_x))
     if grad_weight is None:
         return
-    if grad_weight.dtype == grad.dtype:
-        grad_weight.addmm_(grad.T, x)  # no second [K, D]
+    if len(grad_weight) > 1:
+        grad_GRK, x_GRD = (t.unflatten(0, (len(grad_weight), -1)) for t in (grad, x))
+        grad_weight += grad_GRK.mT @ x_GRD
+    elif grad_weight.dtype == grad.dtype:
+        grad_weight[0].addmm_(grad.T, x)  # no second [K, D]
     else:
-        grad_weight += grad.T @ x
+        grad_weight[0].add_(grad.T @ x)
+
+
+def _devices_of(num_rows: int, device: torch.device) -> int:
+    """Returns over how many devices of one program so many rows lie in equal parts; 1 if it has only one."""
+    if device.type != "xla":
+        return 1
+    import torch_xla.runtime as xr
+
+    count: int = xr.global_runtime_device_count() if xr.is_spmd() else 1
+    return count if num_rows % count == 0 else 1
+
+
+def _by_device(tensor: Tensor, count: int, dim: int = 0) -> Tensor:
+    """Returns the rows along a dimension as [G, P], those of each device on it.
+
+    Else prediction and target of a row, [K] both, could lie on different devices, and one of them would have to travel.
+    """
+    parts = tensor.unflatten(dim, (count, -1))
+    if count > 1:
+        import torch_xla.distributed.spmd as xs
+
+        mesh: Any = xs.get_global_mesh()
+        xs.mark_sharding(parts, mesh, tuple(0 if d == dim else None for d in range(parts.ndim)))
+    return parts
 
 
 def _chunks(num_rows: int, num_classes: int, max_logits: int, device: torch.device) -> Iterator[slice]:
@@ -256,18 +296,21 @@ def _differentiable(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if torch.is_grad_enabled() else tuple(t.detach() for t in tensors)
 
 
-def _grads(ctx: Any, rows: Tensor, *summed: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """Returns memory for the gradients that are needed, of inputs by row and of those that all chunks add to."""
+def _grads(ctx: Any, rows: Tensor, *summed: Tensor, dtype: torch.dtype, count: int) -> tuple[Tensor | None, ...]:
+    """Returns memory for the gradients that are needed, of inputs by row and, [G, ...], of those that chunks add to."""
     needed = ctx.needs_input_grad[: 1 + len(summed)]
     grad_rows = torch.empty_like(rows) if needed[0] else None
     sums = (
-        torch.zeros_like(t, dtype=_sum_dtype(dtype)) if n else None for t, n in zip(summed, needed[1:], strict=True)
+        t.new_zeros((count, *t.shape), dtype=_sum_dtype(dtype)) if n else None
+        for t, n in zip(summed, needed[1:], strict=True)
     )
     return (grad_rows, *sums)
 
 
 def _save(ctx: Any, grads: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*(None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)))
+    rows, *sums = grads
+    whole = (None if g is None else g[0] if len(g) == 1 else g.sum(0) for g in sums)
+    ctx.save_for_backward(*(None if g is None else g.to(t.dtype) for g, t in zip((rows, *whole), inputs, strict=True)))
 
 
 def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:

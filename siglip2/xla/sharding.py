@@ -62,6 +62,19 @@ def shard(tensors: Iterable[Tensor], mesh: Any, *, min_size: int) -> None:
             xs.mark_sharding(tensor, mesh, partition)
 
 
+def replicate(tensors: Iterable[Tensor], mesh: Any) -> None:
+    """Sends tensors whole to every device, in place; those that lie there already, whole or cut, are left alone.
+
+    A step would send only what it reads: the others torch_xla 2.9 loses before they can be saved.
+    """
+    import torch_xla
+    import torch_xla.distributed.spmd as xs
+
+    for tensor in tensors:
+        if not torch_xla._XLAC._get_xla_sharding_spec(tensor):
+            xs.mark_sharding(tensor, mesh, (None,) * tensor.ndim)
+
+
 def upload(batch: Batch, mesh: Any, device: torch.device, *, num_hosts: int = 1) -> Batch:
     """Returns the batch on the devices, each with its share of the rows of every view.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.plugins.precision.xla import XLAPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -16,7 +17,7 @@ from siglip2.xla.accelerator import check_installed
 from siglip2.xla.checkpoint import on_cpu, read_sharded, write_sharded
 from siglip2.xla.hosts import meet
 from siglip2.xla.precision import on_xla
-from siglip2.xla.sharding import all_devices, shard, upload
+from siglip2.xla.sharding import all_devices, replicate, shard, upload
 
 
 class XLASPMDStrategy(SingleDeviceStrategy):
@@ -80,7 +81,16 @@ class XLASPMDStrategy(SingleDeviceStrategy):
         super().setup_environment()
 
     def setup(self, trainer: Any) -> None:
-        """Moves the model to the devices, cuts it if asked to, and makes the optimizer."""
+        """Moves the model to the devices, whole or cut, and makes the optimizer.
+
+        Raises:
+            ValueError: if checkpoints are to be folders and to be written in a thread, by AsyncCheckpointIO.
+        """
+        if self.sharded_checkpoints and isinstance(self.checkpoint_io, AsyncCheckpointIO):
+            raise ValueError(
+                "trainer.plugins has AsyncCheckpointIO, which writes files, but sharded_checkpoints writes folders, "
+                "together with the other hosts: take one of them out of the recipe"
+            )
         validation = trainer.fit_loop.epoch_loop.val_loop
         for loop in (validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False  # XLA has no inference tensors; Lightning uses no_grad on its own TPUs, too
@@ -96,17 +106,18 @@ class XLASPMDStrategy(SingleDeviceStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self.shard_parameters:
             shard(model.parameters(), self.mesh, min_size=self.min_shard)
+        replicate([*model.parameters(), *model.buffers()], self.mesh)
         return model
 
     def on_train_start(self) -> None:
-        """Cuts once more: a warm start has written new tensors into parameters and moments."""
-        self._shard_again()
+        """Lays everything out once more: a warm start has written new tensors into parameters and moments."""
+        assert self.model is not None
+        self._setup_model(self.model)
+        self._shard_moments()
 
-    def _shard_again(self) -> None:
+    def _shard_moments(self) -> None:
         if not self.shard_parameters:
             return
-        assert self.model is not None
-        shard(self.model.parameters(), self.mesh, min_size=self.min_shard)
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
                 moments = [v for v in state.values() if isinstance(v, Tensor) and v.device.type == "xla"]
@@ -115,7 +126,7 @@ class XLASPMDStrategy(SingleDeviceStrategy):
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Loads whole moments and cuts them as their parameters are."""
         super().load_optimizer_state_dict(checkpoint)
-        self._shard_again()
+        self._shard_moments()
 
     def batch_to_device(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
         """Sends each device its rows, after handing over what the last step left to do, such as moving a teacher."""

@@ -42,7 +42,7 @@ class Watch(Callback):
 
     def __init__(self, gradients):
         self.want_gradients = gradients
-        self.losses, self.gradients, self.lengths, self.cut = [], [], [], 0
+        self.losses, self.gradients, self.lengths, self.cut = [], [], [], {}
         self.compiled, self.compiled_in_step, self.fallbacks_in_step = [], [], []
 
     def on_train_start(self, trainer, pl_module):
@@ -68,8 +68,10 @@ class Watch(Callback):
         self.compiled.append(compiled())
 
     def on_train_end(self, trainer, pl_module):
-        moments = [s["exp_avg"] for s in trainer.optimizers[0].state.values()]
-        self.cut = sum(cut(t) for t in pl_module.parameters()), sum(cut(t) for t in moments)
+        moments = {p: s["exp_avg"] for p, s in trainer.optimizers[0].state.items()}
+        parameters = [p for p in pl_module.parameters() if cut(p)]
+        trained = [moments[p] for p in parameters if p in moments]
+        self.cut = {"parameters": len(parameters), "trained": len(trained), "moments": sum(map(cut, trained))}
         self.losses = [loss.item() for loss in self.losses]
 
 
@@ -86,5 +88,5 @@ def fit(name, *arguments, gradients=False, resume=None):
     cli.trainer.callbacks.append(watch)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume)
     logged = cli.trainer.callback_metrics
-    watch.scores = {k: float(v) for k, v in logged.items() if k.startswith(("zero_shot/", "retrieval/"))}
+    watch.scores = {k: float(v) for k, v in logged.items() if k.startswith(("zero_shot/", "retrieval/", "referring/"))}
     return watch

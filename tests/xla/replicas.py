@@ -1,4 +1,4 @@
-"""Trains a step on two XLA replicas with half the batch each; prints as JSON how far that is from one process.
+"""Takes steps on two XLA replicas with half the batch each; prints as JSON how far they are from one process.
 
 Run by test_replicas.py in a process of its own. Gradients are averaged as Lightning's strategy `xla` does.
 """
@@ -11,24 +11,40 @@ import replica_lock
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
+from parallel_ranks import Brighter
 from torch_xla._internal.pjrt import run_multiprocess
 
 from siglip2.core.distributed import from_left, gather, mean_over_ranks, rank, world_size
 from siglip2.plugins.ema_teacher import EMATeacher
+from siglip2.plugins.locca import LocCa
 from siglip2.plugins.sigmoid import Sigmoid
 from siglip2.plugins.silc import SILC
 from siglip2.plugins.tips import TIPS
 from siglip2.testing import fake_batch, tiny_module
 
 ROWS = 8
-SMALL = {"hidden": 32, "bottleneck": 16, "prototypes": 32, "freeze_prototypes": 0.0, "start": 0.0}
+# wide heads and cosines that are not magnified, as in exact.yaml
+HEAD = {"hidden": 512, "bottleneck": 64, "prototypes": 32, "freeze_prototypes": 0.0, "start": 0.0}
+HEAD |= {"student_temperature": 1.0, "teacher_temperature": 1.0}
 REPLICAS = 2
 
 
-def recipe():
-    """Losses over pairs, and losses with a centre, which is a mean over all ranks."""
-    plugins = [Sigmoid(), EMATeacher(start=0.0), SILC(local_crops=2, local_size=16, **SMALL), TIPS(**SMALL)]
-    return tiny_module(plugins)
+def recipes():
+    """A module for each loss, for all, and for a curator."""
+    pairs, locca, teacher = (lambda: [Sigmoid()]), (lambda: [LocCa(length=40, depth=1)]), lambda: EMATeacher(start=0.0)
+    silc, tips = (lambda: SILC(local_crops=2, local_size=16, **HEAD)), lambda: TIPS(**HEAD)
+    plugins = {
+        "all": [*pairs(), *locca(), teacher(), silc(), tips()],
+        "sigmoid": pairs(),
+        "locca": locca(),
+        "silc": [teacher(), silc()],
+        "tips": [teacher(), tips()],
+        "curated": [*pairs(), Brighter()],
+    }
+    modules = {name: tiny_module(chosen) for name, chosen in plugins.items()}
+    for module in modules.values():
+        torch.nn.init.constant_(module.model.logit_scale, 1.0)
+    return modules
 
 
 def share(module, number, count):
@@ -36,8 +52,8 @@ def share(module, number, count):
     return fake_batch(module.views_at(0.0), size, patchifier=module.patchifier, first=number * size)
 
 
-def step(module, batch):
-    """Losses of two steps on the same batch (the centre has moved in the second), and gradients of both."""
+def steps(module, batch):
+    """Losses of two steps on the same batch (centre and teacher have moved in the second), and gradients of both."""
     losses = []
     for _ in range(2):
         total = torch.stack(list(module(batch, 0.0).values())).sum()
@@ -54,14 +70,10 @@ def pairs(rows, weights):
     return rows.grad
 
 
-def replica(module, batches):
+def replica(modules, batches):
     """What one replica finds, on the CPU; modules and batches were made before, since threads share random state."""
+    found = {name: trained(module, batches[name][rank()]) for name, module in modules.items()}
     device = torch_xla.device()
-    module = copy.deepcopy(module).to(device)
-    losses = step(module, batches[rank()].to(device))
-    parameters = [p for p in module.parameters() if p.grad is not None]
-    xm.all_reduce(xm.REDUCE_SUM, [p.grad for p in parameters], scale=1 / world_size(), pin_layout=False)
-    means = [mean_over_ranks(loss) for loss in losses]
     # what differs between replicas is cut on the CPU: their graphs have to be the same
     own = torch.full((2, 3), float(rank())).to(device)
     there, back = from_left(own, own + 10, last=False)
@@ -69,11 +81,24 @@ def replica(module, batches):
     torch_xla.sync()
     return {
         "world_size": world_size(),
-        "losses": [loss.item() for loss in means],
-        "gradients": {n: p.grad.cpu().numpy() for n, p in module.named_parameters() if p.grad is not None},
-        "centre": module.plugins["silc"].centre.value.cpu().numpy(),
+        "recipes": found,
         "from_left": [there.cpu().tolist(), back.cpu().tolist()],
         "pairs": gradient.cpu().numpy(),
+    }
+
+
+def trained(module, batch):
+    """Mean losses and gradients of two steps of a module, and its centre if it has one."""
+    module = copy.deepcopy(module).to(torch_xla.device())
+    losses = steps(module, batch.to(torch_xla.device()))
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    xm.all_reduce(xm.REDUCE_SUM, [p.grad for p in parameters], scale=1 / world_size(), pin_layout=False)
+    means = [mean_over_ranks(loss) for loss in losses]
+    torch_xla.sync()
+    return {
+        "losses": [loss.item() for loss in means],
+        "gradients": {n: p.grad.cpu().numpy() for n, p in module.named_parameters() if p.grad is not None},
+        "centres": {n: b.cpu().numpy() for n, b in module.named_buffers() if "centre" in n},
     }
 
 
@@ -83,29 +108,42 @@ def everything():
 
 
 def apart(some, others):
-    """Largest difference, as a share of the largest entry of any."""
-    assert some.keys() == others.keys()
-    size = max(tensor.abs().max().item() for tensor in others.values())
-    return max((torch.from_numpy(some[name]) - others[name]).abs().max().item() for name in others) / size
+    """Largest difference of any entry."""
+    assert some.keys() == others.keys(), some.keys() ^ others.keys()
+    return max(
+        ((torch.from_numpy(some[name]) - tensor).abs().max().item() for name, tensor in others.items()), default=0
+    )
+
+
+def compared(found, module, batch):
+    """How far a recipe is on each replica from one process."""
+    losses = [loss.item() for loss in steps(module, batch)]
+    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    centres = {n: b for n, b in module.named_buffers() if "centre" in n}
+    return {
+        "losses": [each["losses"] for each in found],
+        "expected": losses,
+        "gradients": [apart(each["gradients"], gradients) for each in found],
+        "centres": [apart(each["centres"], centres) for each in found],
+    }
 
 
 def main():
     replica_lock.install()
-    module = recipe()
-    batches = [share(module, number, REPLICAS) for number in range(REPLICAS)]
-    found = run_multiprocess(replica, module, batches, start_method="fork")
-    losses = step(module, share(module, 0, 1))
-    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-    joined = np.concatenate([found[number]["pairs"] for number in sorted(found)]) / len(found)
+    modules = recipes()
+    batches = {n: [share(m, number, REPLICAS) for number in range(REPLICAS)] for n, m in modules.items()}
+    found = run_multiprocess(replica, modules, batches, start_method="fork")
+    found = [found[number] for number in sorted(found)]
     alone = pairs(*everything())
+    joined = torch.from_numpy(np.concatenate([each["pairs"] for each in found]) / len(found))
     result = {
-        "world_sizes": [found[number]["world_size"] for number in sorted(found)],
-        "losses": [found[number]["losses"] for number in sorted(found)],
-        "expected": [loss.item() for loss in losses],
-        "gradients": [apart(found[number]["gradients"], gradients) for number in sorted(found)],
-        "centre": apart({"centre": found[0]["centre"]}, {"centre": module.plugins["silc"].centre.value}),
-        "from_left": [found[number]["from_left"] for number in sorted(found)],
-        "pairs": apart({"rows": joined}, {"rows": alone}),
+        "world_sizes": [each["world_size"] for each in found],
+        "recipes": {
+            name: compared([each["recipes"][name] for each in found], module, share(module, 0, 1))
+            for name, module in modules.items()
+        },
+        "from_left": [each["from_left"] for each in found],
+        "pairs": ((joined - alone).abs().max() / alone.abs().max()).item(),
     }
     print(json.dumps(result))
 

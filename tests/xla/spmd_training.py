@@ -14,6 +14,9 @@ from siglip2.xla.checkpoint import read_sharded
 SHARDED = [*XLA[:2], "--trainer.strategy.class_path", "siglip2.xla.XLASPMDStrategy"]
 SHARDED += ["--trainer.strategy.init_args.shard_parameters", "true"]
 MOVING = ("model.", "plugins.ema_teacher.", "plugins.silc.")
+TIPS = [word for name in ("sigmoid", "locca", "silc") for word in (f"--plugins.{name}", "off")]
+TIPS += [word for name in ("ema_teacher", "tips") for word in (f"--plugins.{name}.start", "0")]
+TIPS += ["--trainer.max_steps", "2"]
 FOLDERS = ["--trainer.strategy.init_args.sharded_checkpoints", "true"]
 
 
@@ -21,6 +24,12 @@ def read(name, step):
     """The checkpoint of a run at a step, file or folder."""
     path = Path(OUT, name, f"step={step}.ckpt")
     return read_sharded(path) if path.is_dir() else read_checkpoint(str(path))
+
+
+def fit_and_read(name, *arguments):
+    """Trains for two steps; the checkpoint."""
+    fit(name, *arguments)
+    return read(name, 2)
 
 
 def tensors(checkpoint):
@@ -65,6 +74,9 @@ def main():
     fit("from_folder", *XLA, "xla_spmd", resume=f"{OUT}/sharded/step=2.ckpt")
     runs = {name: tensors(read(name, 4)) for name in ("spmd", "sharded", "from_file", "from_folder")}
     result["weights"] = {name: distance(expected[4], found) for name, found in runs.items()}
+    alone = {"cpu": CPU, "spmd": [*XLA, "xla_spmd"], "sharded": [*SHARDED, *FOLDERS]}
+    saved = {name: tensors(fit_and_read(f"tips-{name}", *device, *TIPS)) for name, device in alone.items()}
+    result["tips"] = {name: distance(saved["cpu"], saved[name]) for name in ("spmd", "sharded")}
     print(json.dumps(result))
 
 

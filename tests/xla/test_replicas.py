@@ -4,6 +4,7 @@ import pytest
 from xla_process import run_alone
 
 pytestmark = pytest.mark.xla
+RECIPES = ["all", "sigmoid", "locca", "silc", "tips", "curated"]
 ENOUGH_THREADS = {"CPU_NUM_DEVICES": "2", "XLA_THREAD_POOL_SIZE": "32", "PJRT_CPU_ASYNC_CLIENT": "0"}
 
 
@@ -17,19 +18,18 @@ def test_replicas_know_their_number(run):
     assert run["world_sizes"] == [2, 2]
 
 
-def test_losses_over_two_steps_are_those_of_one_process(run):
-    for losses in run["losses"]:
-        assert losses == pytest.approx(run["expected"], rel=1e-6)
-    assert run["expected"][1] != pytest.approx(run["expected"][0], rel=1e-4)  # the centre and the teacher have moved
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_losses_and_every_gradient_of_two_steps_are_those_of_one_process(run, recipe):
+    found = run["recipes"][recipe]
+    for losses in found["losses"]:
+        assert losses == pytest.approx(found["expected"], rel=1e-6)
+    assert max(found["gradients"]) < 1e-6
 
 
-def test_every_gradient_is_that_of_one_process(run):
-    """Of the largest gradient: float32 sums over the rows, in another order."""
-    assert max(run["gradients"]) < 1e-6
-
-
-def test_centre_is_a_mean_over_replicas(run):
-    assert run["centre"] < 1e-6
+def test_centres_are_means_over_replicas_and_move_the_second_step(run):
+    losses = run["recipes"]["silc"]["expected"]
+    assert losses[1] != pytest.approx(losses[0], rel=1e-5)
+    assert max(run["recipes"]["all"]["centres"]) < 1e-6
 
 
 def test_gather_has_the_gradient_of_one_process(run):

@@ -32,10 +32,17 @@ def test_parameters_buffers_and_moments_after_four_steps_are_those_of_the_cpu(ru
     assert min(run["moved"].values()) > 1e-4  # product, teacher and a head moved by more in the last two steps
 
 
+@pytest.mark.parametrize("kind", ["spmd", "sharded"])
+def test_checkpoint_of_tips_alone_is_that_of_the_cpu(run, kind):
+    """No step reads the pooling head of student or teacher then, and yet both are saved."""
+    assert run["tips"][kind] < 1e-5
+
+
 def test_only_a_sharded_run_cuts_parameters_and_moments(run):
-    assert run["cut"]["spmd"] == [0, 0]
-    parameters, moments = run["cut"]["sharded"]
-    assert parameters > moments > 20  # the teacher's are parameters without moments
+    assert run["cut"]["spmd"]["parameters"] == 0
+    sharded = run["cut"]["sharded"]
+    assert sharded["parameters"] > sharded["trained"] > 20  # the teacher's are parameters without moments
+    assert sharded["moments"] == sharded["trained"]
 
 
 def test_sharded_checkpoints_are_folders(run):

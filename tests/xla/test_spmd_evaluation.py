@@ -1,4 +1,4 @@
-"""Scores on four XLA devices are those of the CPU; batches arrive in their order; bfloat16 is bfloat16."""
+"""Scores, captions and losses in any layout are on four XLA devices those of the CPU; bfloat16 is bfloat16."""
 
 import json
 
@@ -26,6 +26,18 @@ def test_zero_shot_and_retrieval_scores_are_those_of_the_cpu(run):
 def test_views_arrive_copies_major_and_in_parts(run, num_hosts):
     """With two hosts by the way that joins their batches, here for one process that takes itself for both."""
     assert run["uploaded"][num_hosts] == [True, True, True]
+
+
+@pytest.mark.parametrize("layout", ["naflex", "navit"])
+def test_padded_and_packed_rows_have_the_losses_of_the_cpu(run, layout):
+    assert run[f"xla_{layout}"] == pytest.approx(run[f"cpu_{layout}"], rel=1e-5)
+
+
+def test_decoder_writes_what_it_writes_on_the_cpu(run):
+    cpu, xla = run["written"]
+    assert xla == cpu
+    assert len({tuple(ids) for ids in cpu}) > 1
+    assert len({number for ids in cpu for number in ids}) > 4
 
 
 def test_bf16_mixed_runs_in_bfloat16(run):

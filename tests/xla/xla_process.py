@@ -17,7 +17,8 @@ def run_alone(script, *arguments, **settings):
     """Returns what a script prints as JSON in its last line."""
     pytest.importorskip("torch_xla")
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
-    env = {**os.environ, **DEVICES, **QUICK, **settings}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=600)
+    folders = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, **DEVICES, **QUICK, "PYTHONPATH": folders, **settings}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=1200)
     assert done.returncode == 0, done.stderr[-8000:]
     return json.loads(done.stdout.splitlines()[-1])

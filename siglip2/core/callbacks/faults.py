@@ -41,7 +41,7 @@ class FaultCounter(Callback):
         return sum(self.reasons.values())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        self.seen += batch.size + len(batch.faults)
+        self.seen += len(batch.keys) + len(batch.faults)  # of this process; `size` may count the rows of all hosts
         for fault in batch.faults:
             line = f"{fault.where}: {fault.key}: {fault.reason}"
             if self.bad < NAMED:

@@ -49,7 +49,7 @@ class RunRecord(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._images += batch.size * trainer.world_size
+        self._images += len(batch.keys) * trainer.world_size  # a batch on XLA devices has the rows of all hosts
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             names = [n for n in trainer.callback_metrics if not n.startswith(SCORES)]
             self._note(trainer, names)
@@ -131,15 +131,12 @@ class RunRecord(Callback):
 
     def _facts(self, trainer: Trainer, module: Any) -> dict[str, str]:
         model = sum(p.numel() for p in module.model.parameters())
-        device = (
-            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-        )
         return {
             "Steps": f"{trainer.global_step:,}",
             "Images seen": f"{self._images:,}",
             "Training time": f"{self._trained_s / 60:.1f} min",
             "Parameters": f"{model / 1e6:.1f} M",
-            "Hardware": f"{trainer.world_size} x {device}",
+            "Hardware": _hardware(trainer),
             "Precision": str(trainer.precision),
             "Versions": f"siglip2 {version('siglip2')}, torch {torch.__version__}",
         }
@@ -153,6 +150,14 @@ class RunRecord(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self._images = state_dict["history"], state_dict["images"]
         self._trained_s = state_dict["trained_s"]
+
+
+def _hardware(trainer: Trainer) -> str:
+    if trainer.strategy.root_device.type == "xla":
+        devices = trainer.strategy.parallel_devices  # type: ignore[attr-defined]
+        return f"{trainer.world_size} x {len(devices)} XLA devices"  # of each host
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"{trainer.world_size} x {device}"
 
 
 def _unit(name: str) -> str:

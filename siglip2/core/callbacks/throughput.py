@@ -31,7 +31,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self._images += batch.size * trainer.world_size
+        self._images += len(batch.keys) * trainer.world_size  # a batch on XLA devices has the rows of all hosts
         self._steps += 1
         now = self._idle_since = time.monotonic()
         if self._steps == self.every:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,14 +10,16 @@ import torch
 from siglip2.core.batch import Batch, Fault
 from siglip2.core.callbacks.faults import EXAMPLES, NAMED_NOTES, FaultCounter
 
+KEYS = ("a", "b", "c", "d")
+
 
 def bad_batch(number, reason="no caption"):
-    return Batch({}, 4, number, faults=(Fault("a.tar", f"k{number}", f"{reason}: more"),))
+    return Batch({}, 4, number, KEYS, faults=(Fault("a.tar", f"k{number}", f"{reason}: more"),))
 
 
 def noted_batch(*notes):
     """A batch with notes on samples: (key, reason)."""
-    return Batch({}, 4, 0, notes=tuple(Fault("a.tar", key, reason) for key, reason in notes))
+    return Batch({}, 4, 0, KEYS, notes=tuple(Fault("a.tar", key, reason) for key, reason in notes))
 
 
 def through_a_checkpoint(state):
@@ -44,6 +47,13 @@ def test_resumed_counter_goes_on_counting_towards_the_limit():
     after.load_state_dict(through_a_checkpoint(before.state_dict()))
     with pytest.raises(RuntimeError, match="4 of 20 samples could not be used"):
         after.on_train_batch_start(None, None, bad_batch(3), 3)
+
+
+def test_rows_of_other_hosts_are_theirs_to_count():
+    """With several hosts, the size of a batch on XLA devices is that of all; keys and faults are this host's."""
+    counter = FaultCounter(max_bad=1.0)
+    counter.on_train_batch_start(None, None, replace(bad_batch(0), size=4 * len(KEYS)), 0)
+    assert (counter.seen, counter.bad) == (len(KEYS) + 1, 1)
 
 
 def test_only_the_last_examples_are_kept():

@@ -1,9 +1,12 @@
 """The record of a run survives a resume, and its report cannot harm it."""
 
 import json
+from types import SimpleNamespace
 
 from siglip2.cli.main import main
 from siglip2.cli.training import SigLIP2CLI
+from siglip2.core.batch import Batch
+from siglip2.core.callbacks.run_record import RunRecord
 
 
 def fitted(arguments):
@@ -20,6 +23,12 @@ def test_history_of_a_resumed_run_is_that_of_the_whole_run(tiny_recipe, tmp_path
         assert resumed.history[name] == whole.history[name]
     assert resumed._images == whole._images == 10 * 4
     assert resumed._trained_s > 0
+
+
+def test_images_of_a_host_are_counted_once_although_a_batch_has_the_rows_of_all():
+    record, trainer = RunRecord(None, None, None), SimpleNamespace(world_size=2, global_step=1, log_every_n_steps=2)
+    record.on_train_batch_end(trainer, None, None, Batch({}, 8, 0, keys=("a", "b", "c", "d")), 0)
+    assert record.state_dict()["images"] == 8
 
 
 def test_report_says_which_parts_of_samples_were_left_out(tiny_recipe, toy_shards, tmp_path):
