@@ -166,7 +166,17 @@ def plugins_class(order: Iterable[str]) -> type:
     order = list(order)
     known = catalogue()
     names = [*order, *(n for n in known if n not in order)]
-    return make_dataclass("Plugins", [(n, Optional[known[n].cls], field(default=None)) for n in names])  # noqa: UP045
+    typed = [(n, Optional[known[n].cls], field(default=None)) for n in names]  # noqa: UP045
+    return make_dataclass("Plugins", typed, namespace={"__reduce__": _reduce_plugins})
+
+
+def _reduce_plugins(plugins: Any) -> tuple[Any, ...]:
+    """How instances travel to other processes, where their class has to be made first."""
+    return _plugins_of, ({f.name: getattr(plugins, f.name) for f in fields(plugins)},)
+
+
+def _plugins_of(values: dict[str, Any]) -> Any:
+    return plugins_class(values)(**values)
 
 
 def in_order(plugins: Any) -> list[Plugin]:

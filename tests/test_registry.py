@@ -1,5 +1,6 @@
 """Names, suggestions and overlays of plugins: what a recipe may say and what it is told when it errs."""
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -142,3 +143,14 @@ def test_instances_come_out_in_recipe_order():
     for order in (["sigmoid", "fixed"], ["fixed", "sigmoid"]):
         plugins = plugins_class(order)(fixed=fixed, sigmoid=sigmoid)
         assert [p.name for p in in_order(plugins)] == order
+
+
+def test_plugins_of_a_recipe_travel_to_other_processes_in_their_order():
+    """Launchers that spawn pickle the parsed recipe."""
+    plugins = pickle.loads(
+        pickle.dumps(
+            plugins_class(["sigmoid", "fixed"])(fixed=lookup("fixed").cls(), sigmoid=lookup("sigmoid").cls(0.5))
+        )
+    )
+    assert [p.name for p in in_order(plugins)] == ["sigmoid", "fixed"]
+    assert plugins.sigmoid.weight == 0.5

@@ -74,7 +74,8 @@ class SigLIP2Module(LightningModule):
         warmup: optimizer steps of linear warm-up before the cosine to zero.
         rules: regexes on parameter names that set learning-rate factors, weight decay and freezing.
         rehearsal: run every phase once on two samples before training.
-        warm_start: a checkpoint of another run to start from, in any resolution, patch size or patchifier.
+        warm_start: a checkpoint of another run to start from, or weights of another library (a folder, a file or a hub
+            id; docs/interop.md), in any resolution, patch size or patchifier.
         surgery: what a warm start takes over, and how tensors of another size are cut.
         accumulate: parts that each batch is run in, one after the other. Gradients are those of the whole batch, losses
             over pairs included; memory is that of a part, time about that of a second forward pass.

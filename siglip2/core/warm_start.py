@@ -1,14 +1,18 @@
-"""A run that starts from the checkpoint of another one: towers cut to size, the rest as far as it fits."""
+"""A run that starts from the weights of another, of any library: towers cut to size, the rest as far as it fits."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from omegaconf import MISSING
 from torch import Tensor, nn
 
 from siglip2.core.checkpoint import differences, fresh_plugins, read_checkpoint, reconcile
 from siglip2.core.data.text import Tokenizer
+from siglip2.core.interop.contracts import same_vocabulary
+from siglip2.core.interop.detect import is_foreign, read_weights
+from siglip2.core.interop.weights import Weights
 from siglip2.core.layout import phase_at
 from siglip2.core.model.vision import VisionTower
 from siglip2.core.optim import without_state_of
@@ -17,7 +21,6 @@ from siglip2.core.timeline import Timeline
 
 log = logging.getLogger(__name__)
 SCHEDULES = ("continue", "fresh")
-MISSING = "???"  # what an overlay has where a recipe must be told
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,11 @@ class Fitted:
 def begin_from(path: str, module: Any, surgery: Surgery) -> None:
     """Gives a run that is set up the weights, optimizer state and place in the schedule of a checkpoint.
 
-    Sets `branch` and `woken` of the module.
+    Sets `branch` and `woken` of the module. Other libraries' files have weights alone: plugins and optimizer start
+    fresh, and so does the schedule.
 
     Args:
-        path: of the checkpoint.
+        path: of a checkpoint of ours, or whatever `read_weights` reads.
         module: the `SigLIP2Module` that starts, with its trainer.
         surgery: what is taken over and how.
 
@@ -87,6 +91,9 @@ def begin_from(path: str, module: Any, surgery: Surgery) -> None:
             "this recipe is a branch: give the checkpoint that it leaves, for example "
             "--model.warm_start runs/siglip2-b16-256/progress-0.95.ckpt"
         )
+    if is_foreign(path):
+        _begin_from_weights(path, module, surgery)
+        return
     checkpoint, trainer = read_checkpoint(path), module.trainer
     ours = checkpoint["siglip2"]
     check_text(module.tokenizer, ours["text"])
@@ -106,6 +113,68 @@ def begin_from(path: str, module: Any, surgery: Surgery) -> None:
     if trainer.is_global_zero:
         pixels = differences(module.patchifier.contract(), ours["pixels"], "now", "then")
         report(path, fitted, with_state, pixels, module.branch, trainer.max_steps)
+
+
+def _begin_from_weights(path: str, module: Any, surgery: Surgery) -> None:
+    if surgery.schedule != "fresh":
+        raise ValueError(
+            f"{path} is no checkpoint of ours and does not say where in a schedule it stands: set "
+            f"model.surgery.schedule to fresh, for a schedule of this recipe's own"
+        )
+    weights, trainer = read_weights(path), module.trainer
+    check_weights(weights, module, path)
+    saved = {f"model.{name}": tensor for name, tensor in weights.state.items()}
+    current = module.state_dict()
+    own = () if weights.text else ("model.text.", "model.logit_")  # of a trunk alone: this run's own text tower
+    saved |= {name: tensor for name, tensor in current.items() if name.startswith(own)}
+    fitted = fit_state(saved, module, surgery)
+    module.load_state_dict(fitted.state)
+    if not trainer.is_global_zero:
+        return
+    pixels = differences(module.patchifier.contract(), weights.pixels, "now", "then") if weights.pixels else []
+    report(path, fitted, None, pixels, None, trainer.max_steps)
+    for note in weights.notes:
+        log.info("  %s", note)
+    if own:
+        log.info("  fresh: the text tower, temperature and bias, which a vision tower alone does not bring")
+
+
+def check_weights(weights: Weights, module: Any, path: str) -> None:
+    """Raises ValueError if weights mean something else in a run than where they were trained, though they would load.
+
+    Args:
+        weights: that were read.
+        module: the `SigLIP2Module` that starts.
+        path: what messages call them.
+    """
+    towers, tokenizer = module.model, module.tokenizer
+    if not isinstance(towers.vision, VisionTower):
+        raise ValueError(f"{path} holds a SigLIP tower, and this recipe has one of timm's own: drop model.timm")
+    for name, found in weights.heads.items():
+        ours: Any = getattr(towers, name).blocks[0]
+        if found != ours.attn.num_heads:  # tensors of the same shape, read as other heads
+            raise ValueError(
+                f"{path} has {found} attention heads in its {name} tower, this recipe {ours.attn.num_heads}: set "
+                f"model.size, or model.{name}.num_heads, to match"
+            )
+    if weights.text is None:
+        return
+    if tokenizer.vocab_size != weights.vocab_size:
+        raise ValueError(
+            f"{path} reads a vocabulary of {weights.vocab_size} ids, this run's tokenizer has {tokenizer.vocab_size}: "
+            f"give --data.tokenizer the tokenizer that lies beside the weights"
+        )
+    if weights.tokenizer is None:
+        log.warning("%s does not say how texts were read: nothing was compared with this run's text contract", path)
+        return
+    lines = tokenizer.contract.differences(weights.tokenizer.contract)
+    if not same_vocabulary(tokenizer, weights.tokenizer):
+        lines.insert(0, "tokenizer file: other pieces")
+    if lines:
+        raise ValueError(
+            f"{path} was trained with another text contract: {'; '.join(lines)}. Set data.text to match, and "
+            f"--data.tokenizer to the tokenizer that lies beside the weights"
+        )
 
 
 def check_text(tokenizer: Tokenizer, saved: Any) -> None:

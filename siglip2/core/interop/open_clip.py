@@ -1,0 +1,253 @@
+"""`CustomTextCLIP` of open_clip around a timm trunk: names, `open_clip_config.json`, training checkpoints.
+
+Source: mlfoundations/open_clip, src/open_clip/model.py and factory.py; checked against the 3.3.0 wheel.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from siglip2.core.interop import timm_trunk
+from siglip2.core.interop.contracts import read_contract, read_tokenizer_files, write_tokenizer_files
+from siglip2.core.interop.files import (
+    read_json,
+    read_pickle,
+    read_safetensors,
+    state_dict_in,
+    write_json,
+    write_safetensors,
+)
+from siglip2.core.interop.names import SCALAR, Entry, depth_of, expanded, linear, read_names, write_names
+from siglip2.core.interop.published import heads_of, known_trunk, nearest_to
+from siglip2.core.interop.weights import (
+    NO_HEAD,
+    Sizes,
+    Weights,
+    assemble,
+    exact_gelu,
+    identity_head,
+    measure,
+    native_pixels,
+    square_pixels,
+)
+
+CONFIG_FILE, TRUNK = "open_clip_config.json", "visual.trunk."
+FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+DEFAULT_HEADS = 8  # of CLIPTextCfg
+TRUNK_FOLDER, HEAD = "trunk", "text.text_projection"
+
+
+def _text() -> list[Entry]:
+    ours, theirs = "text.blocks.{i}", "text.transformer.resblocks.{i}"
+    parts = {"norm1": "ln_1", "norm2": "ln_2", "attn.proj": "attn.out_proj"}
+    parts |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    qkv = [Entry((f"{ours}.attn.qkv.{kind}",), (f"{theirs}.attn.in_proj_{kind}",)) for kind in ("weight", "bias")]
+    return [
+        Entry(("text.token_embed.weight",), ("text.token_embedding.weight",)),
+        Entry(("text.pos_embed",), ("text.positional_embedding",)),
+        *qkv,
+        *(entry for one, other in parts.items() for entry in linear(f"{ours}.{one}", f"{theirs}.{other}")),
+        *linear("text.norm", "text.ln_final"),
+        *linear("text.head", "text.text_projection"),
+    ]
+
+
+def text_table() -> list[Entry]:
+    """Returns the names of the text tower, temperature and bias."""
+    both = [Entry((name,), (name,), SCALAR) for name in ("logit_scale", "logit_bias")]
+    return [*both, *_text()]
+
+
+def table(*, native: bool) -> list[Entry]:
+    """Returns all names of `CustomTextCLIP` around a trunk of timm."""
+    return [*text_table(), *timm_trunk.table(native=native, prefix=TRUNK)]
+
+
+def holds(names: Mapping[str, Any]) -> bool:
+    """Says whether these are the names of open_clip, of any of its models."""
+    return any(n.startswith(("visual.", "text.transformer.", "transformer.resblocks.")) for n in names)
+
+
+def read_folder(folder: Path) -> Weights:
+    """Returns the weights of a folder with an `open_clip_config.json`.
+
+    Raises:
+        ValueError: if it is of another architecture, incomplete or damaged.
+    """
+    whole = read_json(folder / CONFIG_FILE)
+    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder} has an {CONFIG_FILE} but no weights: expected {' or '.join(FILES)}")
+    tensors = read_safetensors(file) if file.suffix == ".safetensors" else state_dict_in(read_pickle(file))
+    return read(tensors, str(folder), folder=folder, config=whole)
+
+
+def read(
+    theirs: Mapping[str, Tensor], place: str, *, folder: Path | None = None, config: Mapping[str, Any] | None = None
+) -> Weights:
+    """Returns the weights in tensors of open_clip.
+
+    Args:
+        theirs: all of them, without `module.`.
+        place: what messages call the file.
+        folder: with tokenizer files.
+        config: the `open_clip_config.json`; without it heads are looked up by shape.
+
+    Raises:
+        ValueError: if they are of another architecture, or incomplete.
+    """
+    model = (config or {}).get("model_cfg", {})
+    images, words = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    trunk = {n: t for n, t in theirs.items() if n.startswith(TRUNK)}
+    if not trunk or not {"logit_bias", "text.ln_final.weight"} <= set(theirs):
+        raise ValueError(
+            f"{place} is a model of open_clip, but no SigLIP: expected a trunk of timm (`{TRUNK}*`), a text tower of "
+            f"its own, and a bias of the logits. {nearest_to(theirs)}"
+        )
+    found = trunk_of(str(images.get("timm_model_name", "")), images.get("timm_model_kwargs"), folder)
+    state, heads, notes = timm_trunk.read_trunk(trunk, found, place=place, prefix=TRUNK)
+    depths = {"text": depth_of(theirs, "text.transformer.resblocks.{i}.")}
+    rest = {n: t for n, t in theirs.items() if n not in trunk}
+    if f"{HEAD}.weight" not in rest:
+        rest |= {f"{HEAD}.{kind}": t for kind, t in identity_head(theirs["text.ln_final.weight"]).items()}
+        notes.append(NO_HEAD)
+    state |= read_names(rest, expanded(text_table(), depths), place=place, like=nearest_to(trunk))
+    if words and (words.get("act_kwargs") or {}).get("approximate") != "tanh":
+        notes.append(exact_gelu("text"))
+    sizes = measure(state, place)
+    known_heads = heads_of(state["text.norm.weight"].shape[0], depths["text"])
+    text_heads = words.get("heads", DEFAULT_HEADS) if words else known_heads
+    if text_heads is None:
+        raise ValueError(
+            f"{place} does not say how many attention heads its text tower has, and no tensor does: put the "
+            f"{CONFIG_FILE} of the model beside it. {nearest_to(trunk)}"
+        )
+    tokenizer = None
+    if folder is not None:
+        clean = (words.get("tokenizer_kwargs") or {}).get("clean", "whitespace")
+        tokenizer, about = read_tokenizer_files(folder, rows=sizes.vocab_size, length=sizes.context_length, clean=clean)
+        notes += about
+    native = timm_trunk.is_native(theirs, TRUNK)
+    pixels = read_contract(folder).get("pixels") if folder else None
+    return assemble(
+        "open_clip",
+        state,
+        place=place,
+        heads={"vision": heads, "text": text_heads},
+        native=native,
+        pixels=pixels or _read_pixels(place, config or {}, sizes, native=native),
+        tokenizer=tokenizer,
+        notes=(*notes,),
+    )
+
+
+def trunk_of(name: str, arguments: Any, folder: Path | None) -> timm_trunk.Trunk | None:
+    """Returns what timm says of the trunk that a configuration names; of one in a folder what that folder says."""
+    beside = folder / TRUNK_FOLDER / "config.json" if folder else None
+    if name.startswith("local-dir:") and beside and beside.is_file():  # the folder may have been moved
+        return timm_trunk.trunk_configured(read_json(beside))
+    return timm_trunk.trunk_named(name, arguments)
+
+
+def _read_pixels(place: str, config: Mapping[str, Any], sizes: Sizes, *, native: bool) -> dict[str, Any] | None:
+    found = config.get("preprocess_cfg")
+    side, patch = sizes.grid[0], sizes.patch_size
+    if native:
+        return native_pixels(patch, side)
+    if not found or found.get("resize_mode") != "squash" or found.get("interpolation") not in ("bilinear", "bicubic"):
+        return None
+    for key in ("mean", "std"):
+        if [*found.get(key, [])] != [0.5] * 3:
+            raise ValueError(f"{place}: {key} is {found.get(key)}, and our towers read pixels of mean and std 0.5")
+    return square_pixels(side * patch, patch, filter=found["interpolation"])
+
+
+def write(weights: Weights, folder: Path) -> list[str]:
+    """Writes a folder that `open_clip.create_model("local-dir:...")` loads; returns notes.
+
+    The trunks that open_clip knows by name have the shapes of released checkpoints, and three of them the exact GELU.
+    For all others `trunk/config.json` tells timm the shape and the activation, and is named by its whole path, since
+    open_clip 3.3 hands names on as they are.
+
+    Raises:
+        ValueError: if there is no text tower, or the position table is no square.
+    """
+    weights.needs_text("open_clip")
+    entries = expanded(table(native=weights.native), weights.depths)
+    write_safetensors(folder / FILES[0], write_names(weights.state, entries, weights.heads))
+    notes = write_config(weights, folder)
+    if weights.tokenizer is None:
+        return [*notes, "there is no tokenizer: open_clip.get_tokenizer will not load"]
+    return notes + write_tokenizer_files(folder, weights.tokenizer)
+
+
+def write_config(weights: Weights, folder: Path) -> list[str]:
+    """Writes what open_clip builds the model from, without its weights; returns notes."""
+    config, notes = config_of(weights, folder)
+    write_json(folder / CONFIG_FILE, config)
+    if config["model_cfg"]["vision_cfg"]["timm_model_name"].startswith("local-dir:"):
+        (folder / TRUNK_FOLDER).mkdir()
+        write_json(folder / TRUNK_FOLDER / "config.json", timm_trunk.config_of(weights))
+    return notes
+
+
+def config_of(weights: Weights, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Returns the content of `open_clip_config.json`, and notes."""
+    text, notes = weights.text, []
+    assert text is not None
+    known = known_trunk(weights.vision, patch_size=weights.patch_size, grid=weights.grid, native=weights.native)
+    named = timm_trunk.trunk_named(known.timm) if known else None
+    if known and named and named.tanh:
+        name = known.timm
+    else:
+        name = f"local-dir:{(folder / TRUNK_FOLDER).resolve()}"
+        notes.append(
+            f"open_clip_config.json names {TRUNK_FOLDER}/ by its whole path: change timm_model_name if the folder moves"
+        )
+    contract = weights.tokenizer.contract if weights.tokenizer else None
+    clean = "whitespace" if contract is None else _cleaning(contract)
+    pixels = weights.pixels or {}
+    images = {
+        "image_size": weights.grid[0] * weights.patch_size,
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": "none",
+    }
+    words = {
+        "context_length": weights.context_length,
+        "vocab_size": weights.vocab_size,
+        "hf_tokenizer_name": "tokenizer.json",  # any name: with local-dir the folder itself is read
+        "tokenizer_kwargs": {"clean": clean},
+        "width": text.width,
+        "heads": text.num_heads,
+        "layers": text.depth,
+        "mlp_ratio": (text.mlp_dim + 0.5) / text.width,
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+        "norm_kwargs": {"eps": 1e-6},
+        "act_kwargs": {"approximate": "tanh"},
+    }
+    resize = {"interpolation": pixels.get("filter", "bilinear"), "resize_mode": "squash"}
+    if not weights.native and weights.image_size != images["image_size"]:
+        notes.append(
+            f"open_clip resizes pictures to {images['image_size']} px; these weights were trained on "
+            f"{weights.image_size} px of which the patches leave out the rest"
+        )
+    if weights.native:
+        notes.append("open_clip 3.3 has no NaFlex preprocessing: give the model timm's dict of patches, or squares")
+    elif not pixels.get("antialias", True):
+        notes.append("trained on a resize that is not antialiased, which open_clip does not have")
+    model: dict[str, Any] = {"embed_dim": weights.embed_dim, "init_logit_bias": -10, "custom_text": True}
+    model |= {"vision_cfg": images, "text_cfg": words}
+    return {"model_cfg": model, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, **resize}}, notes
+
+
+def _cleaning(contract: Any) -> str:
+    """open_clip's cleaning that is nearest: each also repairs mojibake and joins runs of spaces."""
+    if contract.canonicalize:
+        return "canonicalize"
+    return "lower" if contract.lowercase and not contract.lowercase_ascii_only else "whitespace"
