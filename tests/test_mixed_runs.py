@@ -141,7 +141,7 @@ def test_resuming_with_another_share_is_logged_as_another_stream(mixed, tmp_path
 
 
 @pytest.mark.slow
-def test_run_on_a_mixture_killed_and_resumed_with_other_workers_ends_as_one_that_was_not(mixed, tmp_path):
+def test_curated_run_on_a_mixture_killed_and_resumed_with_other_workers_ends_as_one_that_was_not(mixed, tmp_path):
     folders = {name: tmp_path / name for name in ("whole", "killed")}
     save = {"filename": "last", "every_n_train_steps": 1, "enable_version_counter": False}
     arguments = {}
@@ -151,6 +151,8 @@ def test_run_on_a_mixture_killed_and_resumed_with_other_workers_ends_as_one_that
         callback = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": dict(save)}]
         more = {"--trainer.default_root_dir": folder, "--trainer.max_steps": 30, "--ckpt_path": "last"}
         more["--trainer.callbacks"] = json.dumps(callback)
+        curated = {"score": "hard_learner", "n_chunks": 2, "groups": 1}  # of four rows, two are trained on
+        more |= {f"--plugins.acid.{option}": value for option, value in curated.items()}
         arguments[name] = [*mixed(), *(str(word) for pair in more.items() for word in pair)]
     with Run(arguments["whole"], folders["whole"]) as whole:
         assert whole.exit_code() == 0
