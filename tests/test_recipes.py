@@ -118,7 +118,7 @@ def test_other_arguments_pass_through_in_order():
     ]
 
 
-WHOLE = [n for n in shipped() if "/" not in n]
+WHOLE = [n for n in shipped() if "/" not in n and n != "finetune"]  # which needs weights to begin with
 NARROW = {"width": 64, "depth": 2, "mlp_dim": 128, "num_heads": 2}
 
 

@@ -28,18 +28,36 @@ class Rule:
         lr: factor on the learning rate.
         decay: whether weight decay applies.
         frozen: whether the parameters stay as they are.
+        layer_decay: factor on the learning rate for every layer that lies above a parameter in its tower, in (0, 1].
+            The last norm, the pool and the text tower's head have the factor 1, the last block this number, the
+            embeddings its power of the tower's depth + 1. Times `lr`, if that is given, too.
+
+    Raises:
+        ValueError: if layer_decay is not in (0, 1].
     """
 
     match: str
     lr: float | None = None
     decay: bool | None = None
     frozen: bool | None = None
+    layer_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"rule match '{self.match}': layer_decay is a factor in (0, 1], found {self.layer_decay}")
 
 
 # big_vision decays only what flax calls `kernel`: the matrices of Dense, conv and attention (optax.py, wd_mults)
 KERNELS_ONLY = Rule(
     r"(\bbias|norm\d?\.weight|pos_embed|token_embed\.weight|latent|\w+_token|bias_table|logit_scale|logit_bias)$",
     decay=False,
+)
+
+
+# a parameter of a tower: in a block, of the input, or behind the blocks; timm's towers have a trunk
+TOWER_LAYER = re.compile(
+    r"model\.(?P<tower>vision|text)\.(?:trunk\.)?"
+    r"(?:blocks\.(?P<block>\d+)\.|(?P<input>(?:patch_embed|embed|pos_embed|token_embed|cls_token|reg_token)\b))?"
 )
 
 
@@ -52,15 +70,43 @@ class Settled:
     frozen: bool = False
 
 
-def settle(name: str, num_dims: int, rules: Iterable[Rule]) -> Settled:
-    """Returns what the rules say about the parameter `name`; vectors and scalars never decay unless a rule says so."""
+def settle(name: str, num_dims: int, rules: Iterable[Rule], *, above: int = 0) -> Settled:
+    """Returns what the rules say about the parameter `name`; vectors and scalars never decay unless a rule says so.
+
+    Args:
+        name: of the parameter.
+        num_dims: of the parameter.
+        rules: the last that says something wins.
+        above: layers above it in its tower, for rules with a `layer_decay`.
+    """
     lr, decay, frozen = 1.0, num_dims > 1, False
     for rule in rules:
         if re.search(rule.match, name):
-            lr = lr if rule.lr is None else rule.lr
+            if rule.lr is not None or rule.layer_decay is not None:
+                lr = (1.0 if rule.lr is None else rule.lr) * (rule.layer_decay or 1.0) ** above
             decay = decay if rule.decay is None else rule.decay
             frozen = frozen if rule.frozen is None else rule.frozen
     return Settled(lr, decay, frozen)
+
+
+def layers_above(names: Iterable[str]) -> dict[str, int]:
+    """Returns for each parameter of the two towers how many layers lie above it; others are left out.
+
+    A tower of depth d has d + 2 layers: what embeds and places its input, its blocks, and what follows them.
+
+    Source: BEiT, https://arxiv.org/abs/2106.08254, run_class_finetuning's LayerDecayValueAssigner.
+    """
+    found = {name: match for name in names if (match := TOWER_LAYER.match(name))}
+    depth: dict[str, int] = {}
+    for match in found.values():
+        depth[match["tower"]] = max(depth.get(match["tower"], 0), int(match["block"] or -1) + 1)
+    return {name: _above(match, depth[match["tower"]]) for name, match in found.items()}
+
+
+def _above(match: re.Match[str], depth: int) -> int:
+    if match["block"] is not None:
+        return depth - int(match["block"])
+    return depth + 1 if match["input"] else 0
 
 
 def check_rules(names: Iterable[str], rules: Iterable[Rule]) -> None:
@@ -92,11 +138,12 @@ def param_groups(module: nn.Module, rules: Iterable[Rule]) -> list[dict[str, Any
         applies, and `fused` false on XLA.
     """
     rules = list(rules)
+    above = layers_above(name for name, _ in module.named_parameters())
     groups: dict[Settled, dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        says = settle(name, parameter.ndim, rules)
+        says = settle(name, parameter.ndim, rules, above=above.get(name, 0))
         empty: dict[str, Any] = {"params": [], "lr_factor": says.lr}
         group = groups.setdefault(says, empty if says.decay else {**empty, "weight_decay": 0.0})
         group["params"].append((name, parameter))

@@ -13,6 +13,7 @@ from siglip2.core.optim import (
     apply_lr_factors,
     check_rules,
     freeze,
+    layers_above,
     match_state_by_name,
     param_groups,
     published_adamw,
@@ -195,3 +196,37 @@ def test_resumed_schedule_gives_every_group_its_own_rate(before, after):
     rates = {name: group["lr"] for name, group in groups_of(loaded).items()}
     assert rates == pytest.approx({name: (1e-4 if name[0] == "b" else 1e-3) * factor(3) for name in rates})
     assert new.get_last_lr() == [group["lr"] for group in loaded.param_groups]
+
+
+def test_layer_decay_lowers_the_learning_rate_once_for_every_layer_above(b16):
+    """Of BEiT: the last block has 0.8 of the head's, the embeddings of twelve blocks 0.8 to the 13th."""
+    module = nn.ModuleDict({"model": b16})
+    rules = [KERNELS_ONLY, Rule(r"^model\.(vision|text)\.", layer_decay=0.8), Rule(r"text\.blocks\.11\.", lr=2.0)]
+    found = {name: g["lr_factor"] for g in param_groups(module, rules) for name, _ in g["params"]}
+    expected = {
+        "model.logit_scale": 1.0,
+        "model.vision.pool.latent": 1.0,
+        "model.vision.norm.weight": 1.0,
+        "model.text.head.weight": 1.0,
+        "model.vision.blocks.11.mlp.fc1.weight": 0.8,
+        "model.vision.blocks.0.attn.qkv.bias": 0.8**12,
+        "model.vision.embed.weight": 0.8**13,
+        "model.vision.pos_embed": 0.8**13,
+        "model.text.token_embed.weight": 0.8**13,
+        "model.text.blocks.10.norm1.weight": 0.8**2,
+        "model.text.blocks.11.norm1.weight": 2.0,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_layers_of_towers_of_other_depth_and_of_timm_are_counted_from_their_own_top():
+    names = ["model.text.blocks.1.a", "model.vision.trunk.blocks.3.a", "model.vision.trunk.patch_embed.proj.weight"]
+    others = ["plugins.silc.vision.blocks.9.a", "model.vision.trunk.norm.bias", "model.logit_bias"]
+    found = {names[0]: 1, names[1]: 1, names[2]: 5, others[1]: 0}
+    assert layers_above([*names, *others]) == found
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.5])
+def test_layer_decay_that_is_no_factor_is_refused(factor):
+    with pytest.raises(ValueError, match="layer_decay is a factor in"):
+        Rule("model", layer_decay=factor)

@@ -2,12 +2,13 @@
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from siglip2.core.callbacks.initial_loss import InitialLoss, highest_loss, unrelated_loss
+from siglip2.core.callbacks.initial_loss import InitialLoss, highest_loss, remark, unrelated_loss
 from siglip2.core.pairs import pair_loss
 
 PUBLISHED = {"pairs": 32768, "factor": 10.0, "bias": -10.0, "embed_dim": 768}
@@ -35,16 +36,45 @@ def test_random_directions_stay_below_the_highest_loss():
     assert float(loss) < highest_loss(64, factor=10, bias=-4, embed_dim=128)
 
 
-def test_loss_that_chance_explains_is_said_and_no_more(caplog):
-    caplog.set_level(logging.INFO)
-    InitialLoss(stop=True).check(11.6, **PUBLISHED)
-    assert [r.levelname for r in caplog.records] == ["INFO"]
-    assert "11.49 at temperature 10, bias -10 and 32768 pairs" in caplog.text
+def test_loss_that_chance_explains_is_said_and_no_more():
+    worse, text = remark(11.6, **PUBLISHED)
+    assert not worse
+    assert text.endswith("has 11.49 at temperature 10, bias -10 and 32768 pairs")
 
 
-def test_exploded_loss_warns_or_stops(caplog):
+@pytest.mark.parametrize("loss", [274.0, math.nan])
+def test_exploded_loss_is_asked_about(loss):
     """open_clip's issue 1076: a first loss of 274."""
-    InitialLoss().check(274.0, **PUBLISHED)
+    worse, text = remark(loss, **PUBLISHED)
+    assert worse
+    assert "Were the weights loaded" in text
+
+
+@pytest.fixture
+def end_a_step():
+    """Ends the first step of a run with a loss that its temperature and bias do not explain."""
+
+    def run(step=1, **options):
+        metrics = {"train/sigmoid": torch.tensor(80.0), "logit_scale": torch.tensor(10.0)}
+        metrics["logit_bias"] = torch.tensor(-2.0)
+        trainer = SimpleNamespace(global_step=step, accumulate_grad_batches=1, world_size=1, is_global_zero=True)
+        trainer.callback_metrics = metrics
+        module = SimpleNamespace(model=SimpleNamespace(embed_dim=64))
+        InitialLoss(**options).on_train_batch_end(trainer, module, None, SimpleNamespace(size=4), step - 1)
+
+    return run
+
+
+def test_first_loss_warns_or_stops_and_later_ones_do_neither(end_a_step, caplog):
+    end_a_step()
     assert [r.levelname for r in caplog.records] == ["WARNING"]
-    with pytest.raises(ValueError, match=r"first loss 274 .* Were the weights loaded"):
-        InitialLoss(stop=True).check(274.0, **PUBLISHED)
+    with pytest.raises(ValueError, match=r"first loss 80 .* 4 pairs"):
+        end_a_step(stop=True)
+    end_a_step(step=2, stop=True)
+
+
+def test_weight_of_the_term_is_taken_out(end_a_step, caplog):
+    caplog.set_level(logging.INFO)
+    end_a_step(weight=40.0)
+    assert [r.levelname for r in caplog.records] == ["INFO"]
+    assert "first loss 2 nats" in caplog.text

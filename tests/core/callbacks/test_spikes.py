@@ -33,12 +33,12 @@ class Poison(Callback):
 def train(tiny_recipe, tmp_path):
     """Trains under a detector and a poison; returns both and the module."""
 
-    def run(poison, folder="run", **options):
+    def run(poison, folder="run", start=None, **options):
         words = [*tiny_recipe, f"--trainer.max_steps={STEPS}", f"--trainer.default_root_dir={tmp_path / folder}"]
         cli = SigLIP2CLI(words, command="fit")
         detector = RewindSpikes(**{"every": EVERY, "window": 16, "least": 5.0, **options})
         cli.trainer.callbacks[:0] = [detector, poison]
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=start)
         return detector, cli
 
     return run
@@ -63,6 +63,16 @@ def test_optimizer_goes_back_with_the_weights(train):
 
 def test_same_run_rewinds_to_the_same_bits(train):
     ends = [train(Poison(), folder)[1].model.state_dict() for folder in ("a", "b")]
+    assert [name for name, tensor in ends[0].items() if not torch.equal(tensor, ends[1][name])] == []
+
+
+def test_run_that_is_resumed_rewinds_to_the_weights_that_it_was_saved_with(train, tmp_path):
+    """The last snapshot before the spike is that of the checkpoint, since none is due by itself."""
+    whole, cli = train(Poison(), every=1000)
+    assert whole.rewinds[0]["to"] == 10
+    resumed, again = train(Poison(), every=1000, start=tmp_path / "run" / "step=10.ckpt")
+    assert resumed.rewinds == whole.rewinds
+    ends = [c.model.state_dict() for c in (cli, again)]
     assert [name for name, tensor in ends[0].items() if not torch.equal(tensor, ends[1][name])] == []
 
 
