@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from siglip2.api import load as load
     from siglip2.core.batch import Batch, Patches
     from siglip2.core.crops import GLOBAL, LOCAL, CropView
     from siglip2.core.data.fields import BadSample, Sample
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from siglip2.core.views import CAPTION, IMAGE, Context, ImageView, TextView, View
 
 _HOMES = {
+    "siglip2.api": ("load",),
     "siglip2.core.batch": ("Batch", "Patches"),
     "siglip2.core.crops": ("GLOBAL", "LOCAL", "CropView"),
     "siglip2.core.distributed": ("gather", "rank", "world_size"),

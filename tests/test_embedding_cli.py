@@ -13,7 +13,7 @@ from webdataset import TarWriter
 
 import siglip2.registry
 from siglip2 import Objective, hookimpl
-from siglip2.cli.embedding import load_module
+from siglip2.api import load_module
 from siglip2.cli.main import main
 from siglip2.core.batch import Patches
 from siglip2.core.data.embedding_file import EmbeddingFile

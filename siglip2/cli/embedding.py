@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from lightning.fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -19,20 +18,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from siglip2.api import load
 from siglip2.cli.console import set_up_logging
 from siglip2.core.batch import Patches
-from siglip2.core.checkpoint import read_checkpoint
 from siglip2.core.data.check import check_captions, check_source
 from siglip2.core.data.embed_shards import Encode, Job, Shard, describe_encoder, embed_shards
 from siglip2.core.data.embedding_file import EmbeddingFile
 from siglip2.core.data.fields import Fields
 from siglip2.core.data.source import FORMATS, open_source
 from siglip2.core.data.storage import MAX_BYTES, is_local
-from siglip2.core.data.text import Tokenizer
-from siglip2.core.model.sizes import ShapeOptions
-from siglip2.core.module import SigLIP2Module
-from siglip2.core.plugin import Plugin
-from siglip2.registry import catalogue, in_order, plugins_class
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +39,7 @@ NAMED = 20  # failures that the table lists before it only counts them
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add = parser.add_argument
-    add("checkpoint", help="A checkpoint that `siglip2 fit` wrote; tokenizer and patchifier are taken out of it.")
+    add("checkpoint", help="A checkpoint, or released weights; tokenizer and patchifier are taken out of it.")
     add("data", help="Shards (brace notation, a glob, a folder of *.tar, `a::b`, any fsspec URL), a table, a folder.")
     add("--name", required=True, help="What to call the embeddings: 00000.tar gets a 00000.tar.NAME.safetensors.")
     add("--out", help="Folder for all files of embeddings, instead of beside each shard.")
@@ -105,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _prepare(args: argparse.Namespace, fabric: Fabric) -> tuple[Job, Encode]:
     """Opens checkpoint and data."""
-    module = load_module(args.checkpoint)
+    loaded = load(args.checkpoint, fabric.device)
     source = open_source(
         args.data, format=args.format, fields=_fields(args.field), cache_dir=args.cache_dir, max_bytes=args.max_bytes
     )
@@ -119,10 +113,10 @@ def _prepare(args: argparse.Namespace, fabric: Fabric) -> tuple[Job, Encode]:
         os.makedirs(args.out, exist_ok=True)
     job = Job(
         source,
-        module.patchifier,
-        module.tokenizer,
+        loaded.patchifier,
+        loaded.tokenizer,
         describe_encoder(
-            module.model, module.tokenizer, module.patchifier, checkpoint=args.checkpoint, compute=args.compute
+            loaded.model, loaded.tokenizer, loaded.patchifier, checkpoint=args.checkpoint, compute=args.compute
         ),
         args.name,
         folder=args.out,
@@ -132,7 +126,7 @@ def _prepare(args: argparse.Namespace, fabric: Fabric) -> tuple[Job, Encode]:
         dtype=STORED[args.precision],
         batch_size=args.batch_size,
     )
-    model = module.model.to(fabric.device).eval()
+    model = loaded.model
 
     @torch.inference_mode()
     def encode(inputs: Patches | Tensor) -> Tensor:
@@ -142,46 +136,6 @@ def _prepare(args: argparse.Namespace, fabric: Fabric) -> tuple[Job, Encode]:
             return model.encode_text(inputs.to(fabric.device, non_blocking=True)).embedding
 
     return job, encode
-
-
-def load_module(path: str) -> SigLIP2Module:
-    """Returns the towers, tokenizer and patchifier of a checkpoint, without the scaffolding that trained them.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no checkpoint of ours, or its patchifier is not installed.
-    """
-    checkpoint = read_checkpoint(path)
-    ours = checkpoint["siglip2"]
-    model = ours["recipe"].get("model", {})
-    module = SigLIP2Module(
-        [_patchifier_plugin(path, ours["recipe"].get("plugins", {}))],
-        Tokenizer.from_state(ours["text"]),
-        size=model["size"],
-        vision=ShapeOptions(**model.get("vision", {})),
-        text=ShapeOptions(**model.get("text", {})),
-        timm=model.get("timm"),
-        fused_attention=model.get("fused_attention", True),
-    )
-    weights = {name: x for name, x in checkpoint["state_dict"].items() if name.startswith("model.")}
-    product = {"siglip2": ours, "state_dict": weights}
-    module.on_load_checkpoint(product)
-    module.load_state_dict(product["state_dict"])
-    return module
-
-
-def _patchifier_plugin(path: str, plugins: dict[str, Any]) -> Plugin:
-    known = catalogue()
-    named = [n for n in plugins if n in known and hasattr(known[n].cls, "patchifier") and plugins[n] is not None]
-    if len(named) != 1:
-        raise ValueError(
-            f"{path} was trained with the plugins {', '.join(plugins) or 'none'}, of which {len(named)} installed ones "
-            f"make patches, expected one: install the package that has the recipe's patchifier"
-        )
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(plugins_class(named), "plugins")
-    chosen = parser.parse_object({"plugins": {named[0]: plugins[named[0]]}})
-    return in_order(parser.instantiate_classes(chosen).plugins)[0]
 
 
 def _fields(given: Sequence[str]) -> Fields:

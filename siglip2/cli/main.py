@@ -19,6 +19,14 @@ TRAINING = {
 COMMANDS = {
     ("plugins",): ("siglip2.cli.plugins", "list plugins and their options"),
     ("index",): ("siglip2.cli.index", "count the samples of tar shards and note where each one is"),
+    ("embed",): ("siglip2.cli.embedding", "write image and text embeddings beside the shards"),
+    ("search",): ("siglip2.cli.searching", "find pictures by text or picture in the embeddings of a data set"),
+    ("annotate",): ("siglip2.cli.annotating", "write shards again with pseudo-boxes for locca"),
+    ("inspect",): ("siglip2.cli.inspecting", "look into a data set: languages, lengths, copies, sizes, faults"),
+    ("balance",): ("siglip2.cli.balancing", "write example weights that take bias out of a data set"),
+    ("soup",): ("siglip2.cli.soup", "interpolate the weights of two checkpoints"),
+    ("export",): ("siglip2.cli.exporting", "write a model for transformers, open_clip, timm, big_vision, ONNX, torch"),
+    ("doctor",): ("siglip2.cli.doctor", "what other libraries would do otherwise with a model, and what it costs"),
     ("tokenizer", "train"): ("siglip2.cli.tokenizer", "train a tokenizer on the captions of a data set"),
     ("data", "emoji-world"): ("siglip2.emoji_world.command", "write the emoji world as shards"),
 }

@@ -1,37 +1,63 @@
-"""`siglip2 predict`: pictures and free texts in, ranked probabilities out."""
+"""`siglip2 predict`: pictures and free texts in, ranked probabilities out, on the terminal or in a file."""
 
+import argparse
 import json
+import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch.utils.data import DataLoader
 
-from siglip2.cli.from_checkpoint import with_checkpoint
+from siglip2.api import load
+from siglip2.cli.console import set_up_logging
+from siglip2.cli.from_checkpoint import option, with_checkpoint
 from siglip2.cli.training import SigLIP2CLI
+from siglip2.core.data.fields import Fields
+from siglip2.core.data.predicting import find_pictures
+from siglip2.core.interop.detect import is_foreign
 from siglip2.core.module import SigLIP2Module
+from siglip2.prediction.files import Predictions, open_predictions
+from siglip2.prediction.model import Model, Ranked
+from siglip2.prediction.pictures import Span, Spans, open_pictures
+
+log = logging.getLogger(__name__)
+
+OUT = "Write all predictions to a .parquet or .npy file instead: pictures, folders, shards, tables, any number of them."
+EXPLAIN = "Show the grid that each picture is resized to instead; with a folder, also draw it there."
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMED = 20  # failures that the log names before they are only counted
 
 
-@dataclass(frozen=True)
-class Ranked:
-    """One text for one picture.
+class PredictCLI(SigLIP2CLI):
+    """A recipe out of a checkpoint, and what `--help` is to say of the options that need none."""
 
-    Args:
-        text: as the user wrote it.
-        match: the model's own probability that the two belong together, sigmoid of the logit.
-        share: softmax of the logit among the given texts.
-    """
-
-    text: str
-    match: float
-    share: float
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what `predict` takes without a recipe; `siglip2 predict --out --help` has more of that."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--out", help=f"{OUT} `siglip2 predict --out x.npy --help` lists its options.")
+        parser.add_argument("--explain", help=EXPLAIN)
 
 
 def predict(arguments: Sequence[str]) -> None:
-    """Ranks the texts for every picture and prints a table or JSON."""
-    cli = SigLIP2CLI(with_checkpoint(arguments, "predict"), command="predict")
+    """Ranks the texts for every picture and prints a table or JSON, or writes a file.
+
+    A recipe's options (`--trainer.precision` and so on) act on checkpoints of ours. Released weights, `--out` and
+    `--explain` need no recipe, and have the few options of `without_recipe`.
+    """
+    path = option(arguments, "--ckpt_path")
+    if any(option(arguments, flag) is not None for flag in ("--out", "--explain")) or (path and is_foreign(path)):
+        without_recipe(arguments)
+        return
+    cli = PredictCLI(with_checkpoint(arguments, "predict"), command="predict")
     images = cli.config.images or cli.datamodule.predict.images
     texts = cli.config.texts or cli.datamodule.predict.texts
     if not images or not texts:
@@ -63,24 +89,152 @@ def run_on_pictures(cli: SigLIP2CLI, images: Sequence[str], *, quiet: bool) -> t
     return [str(path) for path in dataset.paths], outputs or []
 
 
-@torch.no_grad()
 def rank(module: SigLIP2Module, z_image_BE: torch.Tensor, texts: Sequence[str]) -> list[list[Ranked]]:
     """Returns, for every image embedding [B, E], the texts from best to worst."""
-    ids = torch.as_tensor(module.tokenizer.encode(list(texts))).to(z_image_BE.device)
-    towers = module.model.to(z_image_BE.device)
-    logits = towers.logits(z_image_BE, towers.encode_text(ids).embedding)
-    rows = zip(logits.sigmoid().tolist(), logits.softmax(1).tolist(), strict=True)
-    ranked = [[Ranked(*r) for r in zip(texts, match, share, strict=True)] for match, share in rows]
-    return [sorted(row, key=lambda r: -r.match) for row in ranked]
+    model = Model(module.model.to(z_image_BE.device), module.patchifier, module.tokenizer)
+    return model.ranked(z_image_BE, model.encode_text(texts), texts)
+
+
+def without_recipe(arguments: Sequence[str]) -> None:
+    """Predicts with `siglip2.load`: a checkpoint of ours or released weights, to the terminal or a file.
+
+    Raises:
+        ValueError: if options are missing or no picture can be read.
+    """
+    set_up_logging()
+    args = _parser().parse_args(list(arguments))
+    if args.explain is None and not args.texts and not args.out:
+        raise ValueError("predict needs --texts to rank, or --out FILE to write embeddings, or --explain")
+    model = load(args.ckpt_path, args.device, DTYPES[args.precision], seq_len=args.seq_len, tokenizer=args.tokenizer)
+    if args.explain is not None:
+        explain(model, args.images, args.explain)
+    elif args.out:
+        summary = predict_to_file(model, args)
+        print(json.dumps(summary, ensure_ascii=False)) if args.json else _print_summary(summary)
+    else:
+        z_text_KE = model.encode_labels(args.texts, args.templates)
+        for path in map(str, find_pictures(args.images)):
+            _print(path, model.ranked(model.encode_image(path), z_text_KE, args.texts)[0], as_json=args.json)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="siglip2 predict", description="Predict without a recipe: released weights, or with --out or --explain."
+    )
+    add = parser.add_argument
+    add("--ckpt_path", required=True, help="A checkpoint, or released weights: a folder, an .npz, a hub id.")
+    add("--images", nargs="+", required=True, help="Image files, globs, folders; with --out also shards or a table.")
+    add("--texts", nargs="+", default=[], help="Free texts; with --out and without them, embeddings are written.")
+    add("--templates", nargs="+", default=["{}"], help="Prompts with {} for the text; a text is their mean.")
+    add("--out", help=OUT)
+    add("--explain", nargs="?", const="", metavar="FOLDER", help=EXPLAIN)
+    add("--json", action="store_true", help="Print JSON instead of tables.")
+    add("--batch-size", type=int, default=32, help="Pictures at a time (default: 32).")
+    add("--num-workers", type=int, default=2, help="Loader processes (default: 2).")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")
+    add("--precision", choices=DTYPES, default="fp32", help="Of the weights (default: fp32).")
+    add("--seq-len", type=int, help="Patches per picture, where pictures keep their aspect ratio.")
+    add("--tokenizer", help="Tokenizer file, where the weights bring none.")
+    add("--image-field", default=Fields().image, help="Where the picture is in a sample of shards or a table.")
+    return parser
+
+
+def predict_to_file(model: Model, args: argparse.Namespace) -> dict[str, Any]:
+    """Writes probabilities of `--texts`, or embeddings, of all pictures; returns what was done as plain values.
+
+    Raises:
+        ValueError: if none of the pictures could be read; then nothing is written.
+    """
+    source = open_pictures(args.images, fields=Fields(image=args.image_field))
+    spans = Spans(source, model.patchifier, args.batch_size)
+    workers = args.num_workers if len(spans) > 1 else 0
+    loader = DataLoader(spans, batch_size=None, num_workers=workers, pin_memory=model.device.type == "cuda")
+    z_text_KE = model.encode_labels(args.texts, args.templates) if args.texts else None
+    about = {
+        "checkpoint": args.ckpt_path,
+        "pixels": dict(model.patchifier.contract()),
+        "templates": args.templates,
+        "logit_scale": float(model.model.logit_scale),
+        "logit_bias": float(model.model.logit_bias),
+    }
+    width = len(args.texts) or model.embed_dim
+    file = open_predictions(args.out, rows=len(source), width=width, texts=args.texts, about=about)
+    begin, failed = time.monotonic(), 0
+    try:
+        with _progress(len(source)) as bar:
+            task = bar.add_task("predict", total=len(source))
+            for span in loader:
+                failed += _write_span(model, file, span, z_text_KE, width, named=failed)
+                bar.advance(task, len(span.places))
+        if failed == len(source):
+            raise ValueError(f"none of the {failed} pictures of {source.name} could be read; the log says why")
+        file.close()
+    except BaseException:
+        file.abandon()
+        raise
+    seconds = time.monotonic() - begin
+    speed = round(len(source) / max(seconds, 1e-9), 1)
+    return {
+        "out": args.out,
+        "pictures": len(source) - failed,
+        "skipped": failed,
+        "seconds": round(seconds, 2),
+        "pictures_per_second": speed,
+    }
+
+
+def _write_span(
+    model: Model, file: Predictions, span: Span, z_text_KE: torch.Tensor | None, width: int, *, named: int
+) -> int:
+    """Writes the rows of a span; returns how many pictures of it could not be read."""
+    values_bK = torch.full((len(span.places), width), torch.nan)
+    if span.image is not None:
+        found = model.encode_patches(span.image)
+        if z_text_KE is not None:
+            found = model.probabilities(found, z_text_KE)
+        values_bK[list(span.seen)] = found.float().cpu()
+    failures = dict(span.failures)
+    for number, (row, reason) in enumerate(failures.items(), start=named):
+        where, key = span.places[row]
+        if number < NAMED:
+            log.warning("skipped %s in %s: %s", key, where, reason)
+        elif number == NAMED:
+            log.warning("more pictures were skipped; the file names all of them")
+    file.write(span.places, values_bK, failures)
+    return len(failures)
+
+
+def explain(model: Model, images: Sequence[str], folder: str) -> None:
+    """Prints what the model sees of each picture, and draws it into a folder if one is given."""
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(find_pictures(images)):
+        found = model.explain(path)
+        print(f"{path}: {found}")
+        if folder:
+            found.draw().save(Path(folder) / f"{number:04d}-{path.stem}.png")
+
+
+def _progress(total: int) -> Progress:
+    """A bar on stderr, so that stdout is the table's or JSON's."""
+    columns = (TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not total)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    table = Table(show_header=False)
+    for name, value in summary.items():
+        table.add_row(name.replace("_", " "), escape(str(value)))
+    Console().print(table)
 
 
 def _print(path: str, ranking: list[Ranked], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"image": path, "texts": [vars(r) for r in ranking]}, ensure_ascii=False))
         return
-    table = Table(title=path, title_justify="left")
+    table = Table(title=escape(path), title_justify="left")
     for name, justify in (("text", "left"), ("match", "right"), ("among these", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for r in ranking:
-        table.add_row(r.text, f"{r.match:.2%}", f"{r.share:.1%}")
+        table.add_row(escape(r.text), f"{r.match:.2%}", f"{r.share:.1%}")
     Console().print(table)

@@ -44,7 +44,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         if _is_fast(image) and (decoded := _decode_fast(data)) is not None:
             return decoded
         try:
-            return _decode_pil(image)
+            return from_pil(image)
         except Exception as error:  # PIL's readers raise whatever their parser stumbled on
             raise ValueError(f"the image cannot be decoded: {error} ({len(data)} bytes)") from None
 
@@ -79,7 +79,8 @@ def _decode_fast(data: bytes) -> Tensor | None:
     return decoded if decoded.dtype == torch.uint8 else (decoded.to(torch.int32) >> 8).to(torch.uint8)
 
 
-def _decode_pil(image: Image.Image) -> Tensor:
+def from_pil(image: Image.Image) -> Tensor:
+    """Returns the pixels of an opened picture as `decode_image` does: uint8 RGB [3, H, W], upright, alpha dropped."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits of grey: convert() would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))

@@ -1,0 +1,1 @@
+"""A trained model in use: one picture, or more than fit into memory."""
