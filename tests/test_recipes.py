@@ -206,7 +206,9 @@ def narrow(options, size):
 
 def test_every_stage_is_tested():
     curated = {"acid-b16", "acid-b32"}  # tests/plugins/test_acid.py
-    assert {f"stage/{name}" for name in {*STAGES, *curated}} == {name for name in shipped() if name.startswith("stage/")}
+    assert {f"stage/{name}" for name in {*STAGES, *curated}} == {
+        name for name in shipped() if name.startswith("stage/")
+    }
 
 
 @pytest.mark.parametrize("stage", STAGES)
