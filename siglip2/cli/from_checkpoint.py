@@ -33,7 +33,7 @@ def recipe_of_checkpoint(arguments: Sequence[str], command: str) -> tuple[dict[s
     """Returns the recipe stored in `--ckpt_path` if no `--config` is given, and the arguments that go with it.
 
     `fit` takes it whole. The other commands keep of the trainer's options only the precision, take the tokenizer out
-    of the checkpoint, and do without curators and without plugins that are not installed here: they are scaffolding.
+    of the checkpoint, and do without plugins that are not installed here: they are scaffolding.
     """
     path = option(arguments, "--ckpt_path")
     if not path or option(arguments, "--config") is not None or option(arguments, "-c") is not None:
@@ -46,9 +46,7 @@ def recipe_of_checkpoint(arguments: Sequence[str], command: str) -> tuple[dict[s
     missing = [name for name in recipe["plugins"] if name not in catalogue()]
     for name in missing:
         log.warning("the checkpoint was trained with the plugin '%s', which is not installed: doing without", name)
-    # a curator only chooses what is trained on, and may need a reference that is not here any more
-    unneeded = {*missing, *(name for name, entry in catalogue().items() if entry.kind == "curator")}
-    plugins = {name: options for name, options in recipe["plugins"].items() if name not in unneeded}
+    plugins = {name: options for name, options in recipe["plugins"].items() if name not in missing}
     precision = recipe["trainer"].get("precision")
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "precision": precision}
     return {**recipe, "plugins": plugins, "trainer": quiet}, ["--data.tokenizer", path]

@@ -35,7 +35,7 @@ from siglip2.core.data.settings import ReferringSet, RetrievalSet, SourceSet, Ze
 from siglip2.core.module import SigLIP2Module
 from siglip2.core.optim import PUBLISHED
 from siglip2.recipes import expand_arguments
-from siglip2.registry import in_order, plugins_class, suggestion
+from siglip2.registry import catalogue, in_order, plugins_class, suggestion
 from siglip2.xla import register
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,9 @@ class SigLIP2CLI(LightningCLI):
         self.command = command
         set_up_logging()
         base, pinned = recipe_of_checkpoint(arguments, command)
+        if command != "fit":  # a curator only chooses what is trained on, and may need what is not here any more
+            curators = [name for name, entry in catalogue().items() if entry.kind == "curator"]
+            arguments = [*arguments, *(word for name in curators for word in (f"--plugins.{name}", "off"))]
         expanded, self.order = expand_arguments(arguments, base)
         register()
         super().__init__(

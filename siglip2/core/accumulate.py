@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from siglip2.core.batch import Batch
 from siglip2.core.layout import Layout
 from siglip2.core.model.two_towers import ImageFeatures, TextFeatures
-from siglip2.core.plugin import Objective
+from siglip2.core.plugin import Objective, Plugin
 from siglip2.core.step import STUDENT, Step
 
 Losses = Callable[[Step], dict[str, Tensor]]
@@ -30,7 +30,7 @@ def over_pairs(plugin: nn.Module) -> bool:
 
 
 def check_accumulation(
-    plugins: Mapping[str, nn.Module], layouts: Sequence[Layout], *, parts: int, batches: int, world_size: int
+    plugins: Mapping[str, Plugin], layouts: Sequence[Layout], *, parts: int, batches: int, world_size: int
 ) -> None:
     """Raises ValueError if accumulating would change a loss, or batches do not divide.
 
@@ -53,6 +53,13 @@ def check_accumulation(
     if batches > 1:
         raise ValueError("model.accumulate and trainer.accumulate_grad_batches are both above 1: set one of them to 1")
     shares = parts * world_size
+    kept = {(n, x.batch_size): p.kept(x.batch_size) for x in layouts for n, p in plugins.items()}
+    for (name, size), rows in kept.items():
+        if rows is not None and rows % shares:
+            raise ValueError(
+                f"'{name}' keeps {rows} rows of a global batch of {size}, which do not divide into {parts} parts on "
+                f"each of {world_size} processes: let it keep a multiple of {shares}, or set model.accumulate to less"
+            )
     for layout in layouts:
         if layout.packed:
             raise ValueError("model.accumulate cannot cut rows that images share: use a patchifier that does not pack")

@@ -338,7 +338,7 @@ class SigLIP2Module(LightningModule):
 
     def on_fit_start(self) -> None:
         check_accumulation(
-            cast(Mapping[str, nn.Module], self.plugins),
+            cast(Mapping[str, Plugin], self.plugins),
             self.patchifier.layouts,
             parts=self.accumulate,
             batches=self.trainer.accumulate_grad_batches,
@@ -387,7 +387,11 @@ class SigLIP2Module(LightningModule):
         """What decides which samples come when, as plain values."""
         data, trainer = self.recipe.get("data") or {}, self.recipe.get("trainer") or {}
         layouts = [self.patchifier.layout(i) for i in range(LAYOUTS_COMPARED)]
+        plugins = cast(Mapping[str, Plugin], self.plugins)
+        options = self.recipe.get("plugins") or {}
+        chosen = {n: {**(options.get(n) or {}), **p.chosen_by()} for n, p in plugins.items() if hasattr(p, "curate")}
         return {
+            **({"curators": chosen} if chosen else {}),
             "batches": [[layout.batch_size, layout.seq_len] for layout in layouts],
             "data.train": data.get("train"),
             "data.seed": data.get("seed"),

@@ -43,6 +43,14 @@ class Plugin(nn.Module):
         """Says whether the plugin is called at `progress` in [0, 1)."""
         return self.start <= progress < self.stop
 
+    def kept(self, size: int) -> int | None:
+        """Returns how many rows of a global batch of `size` a curator keeps; None if it does not say beforehand."""
+        return None
+
+    def chosen_by(self) -> dict[str, object]:
+        """Returns plain values that decide, beside its options, which rows a curator keeps; compared on resume."""
+        return {}
+
 
 class Objective(Plugin):
     """A plugin that returns a loss term.

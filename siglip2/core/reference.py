@@ -2,6 +2,7 @@
 
 # N patches, P patch values
 
+import hashlib
 import logging
 import math
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from siglip2.core.data.fields import Sample
 
 log = logging.getLogger(__name__)
+SMALL = 2**16  # values of a tensor
 Pixels = Mapping[str, Any]
 """A pixel contract, as `Patchifier.contract` returns it and as a checkpoint keeps it."""
 
@@ -42,6 +44,7 @@ class Reference(nn.Module):
     def __init__(self, towers: TwoTowers, pixels: Pixels):
         super().__init__()
         self.towers, self.pixels = towers.requires_grad_(False), dict(pixels)
+        self.fingerprint = _fingerprint(towers)  # now, while its tensors are whole
         self._prefix = ""
         self.register_state_dict_post_hook(_leave_out)
         self.register_load_state_dict_pre_hook(_note_prefix)
@@ -51,6 +54,15 @@ class Reference(nn.Module):
     def train(self, mode: bool = True) -> "Reference":
         """Stays in evaluation mode."""
         return super().train(False)
+
+
+def _fingerprint(towers: TwoTowers) -> str:
+    """What changes when the weights do: a digest of the small tensors, every one of which is trained."""
+    digest = hashlib.sha256()
+    for name, tensor in towers.named_parameters():
+        if tensor.numel() <= SMALL:
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

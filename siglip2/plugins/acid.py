@@ -132,7 +132,7 @@ class ACID(Plugin):
         counts = {"n_chunks": n_chunks, "groups": groups, "scoring_tokens": scoring_tokens, "score_rows": score_rows}
         if wrong := {name: value for name, value in counts.items() if value is not None and value < 1}:
             raise ValueError(f"acid: expected at least 1 of each, found {wrong}")
-        if gain <= 0 or seed < 0:
+        if not 0 < gain < math.inf or seed < 0:
             raise ValueError(f"acid: expected a positive gain and a seed of at least 0, found gain={gain}, seed={seed}")
         if reference not in (None, MISSING) and cached is not None:
             raise ValueError(
@@ -231,6 +231,14 @@ class ACID(Plugin):
             kept, entropy = drawn.rows_b, {"entropy": drawn.entropy}
         self._log(step, kept, {"score": own_m.mean(), "kept_score": own_m.index_select(0, kept).mean(), **entropy})
         return kept
+
+    def kept(self, size: int) -> int:
+        return int(size * self.kept_share)
+
+    def chosen_by(self) -> dict[str, object]:
+        if self.cached is not None:
+            return {"embeddings of": self.cached.head.encoder.digest}
+        return {} if self.reference is None else {"reference weights": self.reference.fingerprint}
 
     def _draw(self, rows: int) -> Draw:
         """How many rows are drawn from how many groups of this rank's rows."""

@@ -261,6 +261,7 @@ BAD = {
     "first is 'random', expected one of diagonal, uniform": {"first": "random"},
     "at least 1 of each, found .'n_chunks': 0, 'score_rows': -1": {"n_chunks": 0, "score_rows": -1},
     "positive gain and a seed of at least 0, found gain=-1": {"gain": -1.0},
+    "positive gain and a seed of at least 0, found gain=nan": {"gain": float("nan")},
 }
 
 
@@ -427,6 +428,40 @@ def test_stale_or_missing_embeddings_are_an_error_before_the_first_step(cached, 
         run(cached)
     with pytest.raises(ValueError, match="are both set"):
         ACID(reference="a.ckpt", cached="a/b")
+
+
+def test_rows_that_do_not_divide_into_parts_are_refused_before_the_first_step_of_a_run_that_curates_later(curated):
+    options = ["--plugins.acid.start", 0.5, "--plugins.acid.groups", 1, "--plugins.acid.filter_ratio", 0.75]
+    with pytest.raises(
+        ValueError, match="'acid' keeps 2 rows of a global batch of 8, which do not divide into 4 parts"
+    ):
+        run(curated, *options, "--model.accumulate", 4)
+
+
+def test_resuming_with_another_choice_or_reference_is_logged(curated, tmp_path, caplog):
+    run(curated, "--trainer.max_steps", 5)
+    another = torch.load(tmp_path / "teacher" / "step=5.ckpt", weights_only=True)
+    another["state_dict"]["model.logit_bias"] += 1
+    torch.save(another, tmp_path / "another.ckpt")
+    for option, value, told in (
+        ("seed", 9, "'seed': 9"),
+        ("reference", tmp_path / "another.ckpt", "reference weights"),
+    ):
+        caplog.clear()
+        cli = SigLIP2CLI([*curated, "--trainer.max_steps", "5", f"--plugins.acid.{option}", str(value)], command="fit")
+        with caplog.at_level(logging.WARNING):
+            logging.getLogger().addHandler(caplog.handler)
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(tmp_path / "step=5.ckpt"))
+        assert "resuming with another stream of samples: curators" in caplog.text
+        assert told in caplog.text
+
+
+def test_evaluation_does_without_the_curator_and_its_reference(curated, tmp_path):
+    run(curated, "--trainer.max_steps", 5)
+    (tmp_path / "teacher" / "step=5.ckpt").unlink()
+    for recipe in ([], curated):
+        words = [*recipe, "--ckpt_path", str(tmp_path / "step=5.ckpt")]
+        assert "acid" not in SigLIP2CLI(words, command="validate").model.plugins
 
 
 def test_rules_on_names_leave_the_reference_alone(curated):
