@@ -98,11 +98,20 @@ def test_table_can_be_balanced(tmp_path, capsys):
         (["--sensitive", "json.words=0.5"], "json.words is ['tree', 'ward'], expected 0 or 1"),
         (["--label", "json.woman"], "json.woman is there twice"),
         (["--keep", "1.5"], "keep is 1.5"),
-        (["--name", "a/b"], "weights cannot be called 'a/b'"),
     ],
 )
 def test_wrong_options_are_refused(biased, capsys, more, message):
     with pytest.raises(SystemExit) as error:
         main(["balance", str(biased[0]), *OPTIONS, "--steps", "10", *more])
     assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--name", "a/b"], "weights cannot be called 'a/b'"), (["--penalty", "nan"], "expected a finite penalty >= 0")],
+)
+def test_options_are_checked_before_the_data_are_looked_at(capsys, more, message):
+    with pytest.raises(SystemExit):
+        main(["balance", "/nowhere", *OPTIONS, *more])
     assert message in capsys.readouterr().err

@@ -81,18 +81,25 @@ class _Read:
     question: Question | None
 
 
-def check_fields(shard: str, settings: Settings) -> None:
-    """Finds a wrong field name before anything is written: two samples are read, and one of them has to have it all.
+def check_first(shard: str, settings: Settings) -> None:
+    """Finds wrong data or a wrong field name before anything is written: of two samples one has to have every field.
 
     Args:
         shard: the first one.
         settings: name the fields.
 
     Raises:
-        ValueError: if neither has a picture, or neither has a caption that is needed; says what they have.
+        ValueError: if there is no sample; if neither has a picture, or neither has a caption that is needed; says what
+            they have.
     """
+    index = load_index(shard)
+    if not len(index):
+        raise ValueError(
+            f"{shard} has no sample{f' ({index.damage})' if index.damage else ''}: expected a tar of files such as "
+            f"00000.jpg and 00000.txt"
+        )
     with ByteFile(shard) as source:
-        first = list(islice(_samples(source, load_index(shard), settings), 2))
+        first = list(islice(_samples(source, index, settings), 2))
     for name in ("image", "caption") if settings.languages else ("image",):
         missing = []
         for sample in first:
@@ -100,7 +107,7 @@ def check_fields(shard: str, settings: Settings) -> None:
                 sample.get(name)
             except BadSample as error:
                 missing.append(str(error))
-        if first and len(missing) == len(first):
+        if len(missing) == len(first):
             raise ValueError(f"{missing[0]}; name the field with --{name}")
 
 

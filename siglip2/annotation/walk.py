@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from siglip2.annotation.settings import Settings
-from siglip2.annotation.shard import Record, annotate_shard, check_fields, finished
+from siglip2.annotation.shard import Record, annotate_shard, check_first, finished
 from siglip2.core.data.storage import expand_shards, is_local, read_file, write_file
 
 FORMAT = 1  # raise it when the same settings come to mean other shards
@@ -81,17 +81,20 @@ def annotate(
 
     Raises:
         FileNotFoundError: if a shard or the detector is missing.
-        ValueError: if the first samples have no such fields; if `out` holds something else, or shards made with other
-            settings; if two shards have one name, or one would be written over itself.
+        ValueError: if a file is no shard by its name; if the first shard has no samples, or these have no such fields;
+            if `out` holds something else, or shards made with other settings; if two shards have one name, or one would
+            be written over itself.
         RuntimeError: if a worker was killed.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}, expected at least 1")
     shards = list(dict.fromkeys(expand_shards(spec)))
+    if others := [shard for shard in shards if is_local(shard) and not shard.endswith(".tar")]:
+        raise ValueError(f"{others[0]} is no tar shard; expected such as data/{{00000..00012}}.tar")
     out = out.removeprefix("file://").rstrip("/")
     jobs = _jobs(shards, out)
     recorded = settings.recorded()
-    check_fields(shards[0], settings)
+    check_first(shards[0], settings)
     _open_folder(out, recorded)
     records = {job: record for job in jobs if (record := finished(*job)) is not None}
     num_done_before, num_samples = len(records), 0

@@ -14,7 +14,7 @@ from rich.table import Table
 from siglip2.core.data.attributes import Attribute, fields_for, read_attributes
 from siglip2.core.data.balance import Constraints, Gap, Solver, balance
 from siglip2.core.data.source import FORMATS, Source, kind_of, open_source
-from siglip2.core.data.weights import write_weights
+from siglip2.core.data.weights import check_name, write_weights
 
 QUESTION = "FIELD, which is 0 or 1, or FIELD=value, which looks for whole words"
 
@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Finds and writes the weights, and prints what became of each constraint."""
+    check_name(args.name)  # now: reading and balancing take long
     sensitive, prevalence = zip(*map(sensitive_attribute, args.sensitive), strict=True)
     labels = [Attribute.parse(text) for text in [*args.label, *args.proxy]]
     questions = [*sensitive, *labels]

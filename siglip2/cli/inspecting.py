@@ -113,6 +113,8 @@ def run(args: argparse.Namespace) -> Inspection:
             room=args.length - 1 if tokenizer is None else tokenizer.contract.room,
             decoded=not args.headers_only,
             groups=report,
+            asked={name: fields.spec(name) for name in (word.partition("=")[0] for word in args.fields)},
+            group_by=None if args.group_by in GROUPINGS else args.group_by,
             stage=stage,
         )
     for part in tables(found):
@@ -216,6 +218,8 @@ def tables(found: Inspection) -> Iterable[Table | Line]:
         yield _faults(found)
     if found.groups is not None:
         yield from _judged(found.groups)
+    for warning in found.warnings:  # last, where they are not scrolled away
+        yield Line.assemble(("warning: ", "bold red"), _line(warning))
 
 
 def _table(title: str, *columns: str, words: int = 1) -> Table:

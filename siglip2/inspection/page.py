@@ -80,6 +80,7 @@ def header(inspection: Inspection, sections: Sequence[Section]) -> Html:
         "header",
         el("h1", "Inspection of a data set"),
         el("p", said(names), cls="subtitle"),
+        *(el("p", el("strong", "Warning: "), said(warning), cls="lost-note") for warning in inspection.warnings),
         el("div", *cards, cls="figures"),
         el("nav", *links, aria_label="sections"),
     )

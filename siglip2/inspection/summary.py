@@ -175,6 +175,7 @@ class Inspection:
         pictures: all pictures.
         boxes: all boxes; None if no sample has regions.
         groups: fractal statistics of groups of captions; None if they were not asked for.
+        warnings: what was asked for and is in no sample.
     """
 
     data: Mapping[str, int]
@@ -187,6 +188,7 @@ class Inspection:
     pictures: Pictures
     boxes: Boxes | None
     groups: GroupReport | None
+    warnings: tuple[str, ...] = ()
 
 
 def summarise(
@@ -198,6 +200,8 @@ def summarise(
     room: int = 63,
     decoded: bool = True,
     groups: GroupReport | None = None,
+    asked: Mapping[str, str] | None = None,
+    group_by: str | None = None,
     stage: Stage | None = None,
 ) -> Inspection:
     """Sums up what was read.
@@ -210,6 +214,8 @@ def summarise(
         room: ids that a caption has of these.
         decoded: whether pictures were decoded.
         groups: fractal statistics, if they were made.
+        asked: field -> where it was said to be, of those that somebody expects to be there.
+        group_by: where the value was said to be that captions are grouped by; None if it is none of a sample.
         stage: called with a description and a total, returns what is called on progress.
     """
     stage = stage or (lambda text, total: lambda done: None)
@@ -226,7 +232,18 @@ def summarise(
         pictures=_pictures(facts, decoded, stage),
         boxes=_boxes(facts) if has_boxes else None,
         groups=groups,
+        warnings=_warnings(facts, asked or {}, group_by),
     )
+
+
+def _warnings(facts: Sequence[Facts], asked: Mapping[str, str], group_by: str | None) -> tuple[str, ...]:
+    """What was asked for by name and is in no sample that was read."""
+    seen = {name for one in facts for name in one.present} | {fault.field for one in facts for fault in one.faults}
+    none = f"none of the {len(facts):,} samples read has"
+    missing = [f"{none} the field {name}={spec}: is it right?" for name, spec in asked.items() if name not in seen]
+    if group_by is not None and not any(one.group for one in facts):
+        missing.append(f"{none} a text or a number under {group_by} to group by: is it right?")
+    return tuple(missing)
 
 
 def as_json(inspection: Inspection) -> dict[str, Any]:

@@ -246,6 +246,19 @@ def test_a_wrong_field_name_is_an_error_before_anything_is_written(world, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_is_no_shard_is_an_error_before_anything_is_written(world, tmp_path):
+    out, table = str(tmp_path / "out"), tmp_path / "t.csv"
+    table.write_text("filepath,title\na.jpg,one\n" * 40)
+    with pytest.raises(ValueError, match=r"t\.csv is no tar shard"):
+        annotate([str(world), str(table)], out, TRUTH)
+    table.rename(tmp_path / "t.tar")
+    with pytest.raises(ValueError, match=r"t\.tar has no sample \(t\.tar: no tar header at byte 0"):
+        annotate(str(tmp_path / "t.tar"), out, TRUTH)
+    with pytest.raises(ValueError, match=r"empty\.tar has no sample: expected a tar"):
+        annotate(str(write_tar(tmp_path / "empty.tar", {})), out, TRUTH)
+    assert not (tmp_path / "out").exists()
+
+
 def test_samples_that_cannot_be_read_are_copied_counted_and_named(tmp_path):
     members = {
         "good.png": picture(),

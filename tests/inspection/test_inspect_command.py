@@ -216,6 +216,24 @@ def test_a_wrong_option_is_an_error_with_a_next_move(toy_shards, capsys, options
     assert message in capsys.readouterr().err
 
 
+def test_what_is_asked_for_and_in_no_sample_is_warned_of(world, inspected):
+    asked = ("--fields", "caption=nothere", "label=json.label", "--group-by", "nothing", "--headers-only")
+    found, page, printed = inspected(world, *asked)
+    assert len(found["warnings"]) == 2
+    for told in (page, printed, " ".join(found["warnings"])):
+        told = " ".join(told.split())
+        assert "none of the 120 samples read has the field caption=nothere" in told
+        assert "none of the 120 samples read has a text or a number under nothing to group by" in told
+        assert "the field label=" not in told
+
+
+def test_what_some_sample_has_or_nobody_asked_for_is_not_warned_of(world, inspected):
+    found, page, printed = inspected(world, "--fields", "label=json.label", "--group-by", "json.kind", "--headers-only")
+    assert found["captions"]["count"] == 0
+    assert found["warnings"] == []
+    assert "warning" not in (page + printed).lower()
+
+
 def test_pictures_without_captions_are_inspected(tmp_path, inspected):
     shard = write_shard(tmp_path / "pictures.tar", [(f"{i}", {"jpg": encoded(drawing(i))}) for i in range(4)])
     found, page, printed = inspected(shard)

@@ -51,7 +51,7 @@ class Constraints:
         for name, share in zip(self.sensitive, self.prevalence, strict=True):
             if not 0 < share < 1:
                 raise ValueError(f"the prevalence of {name} is {share:g}, expected a share between 0 and 1")
-        if min(self.representation, self.association) < 0:
+        if not (self.representation >= 0 and self.association >= 0):  # as NaN is not, either
             raise ValueError(f"tolerances are {self.representation:g} and {self.association:g}, expected 0 or more")
 
     @property
@@ -98,13 +98,17 @@ class Solver:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= self.largest:
-            raise ValueError(f"keep is {self.keep:g}, expected a mean weight above 0 and up to {self.largest:g}")
-        if self.penalty < 0 or self.rate <= 0 or min(self.steps, self.batch) < 1:
+        if not 0 < self.keep <= self.largest < np.inf:
             raise ValueError(
-                f"expected penalty >= 0, rate > 0, steps and batch of at least 1, found {self.penalty:g}, "
+                f"keep is {self.keep:g}, expected a mean weight above 0 and up to {self.largest:g}, which is finite"
+            )
+        if not (0 <= self.penalty < np.inf and 0 < self.rate < np.inf and min(self.steps, self.batch) >= 1):
+            raise ValueError(
+                f"expected a finite penalty >= 0 and rate > 0, steps and batch of at least 1, found {self.penalty:g}, "
                 f"{self.rate:g}, {self.steps} and {self.batch}"
             )
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more")
 
 
 class Dual:

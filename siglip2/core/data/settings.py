@@ -72,7 +72,7 @@ class TrainSet:
         sources: several sets by name instead of `path`, each with its share of the examples.
         format: tar, table, folder, or auto.
         fields: where image, caption, label and regions are found in a sample.
-        languages: share of each language where samples have captions in several; null draws evenly.
+        languages: share of each language where samples have captions in several; 0 leaves one out, null draws evenly.
         captions: share of each field that captions are drawn from, `caption` or one of fields.extra; a sample that
             lacks one is drawn from those it has. Null takes the field `caption`.
         window: shards that are shuffled together; null shuffles the whole set at once.
@@ -110,7 +110,9 @@ class TrainSet:
         else:
             parts = {name: self._with(source) for name, source in self.sources.items()}
         for name, part in parts.items():
-            _check_captions(part, f"data.train.sources.{name}" if name else "data.train")
+            option = f"data.train.sources.{name}" if name else "data.train"
+            _check_captions(part, option)
+            _check_languages(part, option)
         return parts
 
     def _with(self, source: SourceSet) -> "TrainSet":
@@ -148,6 +150,16 @@ def _check_captions(part: TrainSet, option: str) -> None:
                 f"Add it to data.train.fields.extra, as in {{extra: {{{name}: json.{name}}}}}"
             )
         _check_share(share, f"{option}.captions.{name}")
+
+
+def _check_languages(part: TrainSet, option: str) -> None:
+    if part.languages is None:
+        return
+    for code, share in part.languages.items():
+        if not 0 <= share < math.inf:
+            raise ValueError(f"{option}.languages.{code} is {share:g}, expected a share of 0 or more")
+    if not any(part.languages.values()):
+        raise ValueError(f"{option}.languages has no share above 0: give some as in {{en: 3, de: 1}}, or null for all")
 
 
 def _check_share(share: float, option: str) -> None:

@@ -1,13 +1,15 @@
 """Example weights in a small file beside each shard, by name: how often each sample is wanted, in relation to others.
 
 The weights `fair` of `00000.tar` are in `00000.tar.fair.weights`: one line of JSON (version, number of samples, their
-sum, the smallest, and what the shard is recognised by), then float32 in the order of the samples. A table or a
-folder is one shard, and its file lies beside it.
+sum, the smallest, a digest of the weights of all shards, and what the shard is recognised by), then float32 in the
+order of the samples. A table or a folder is one shard, and its file lies beside it.
 """
 
+import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,10 +25,12 @@ from siglip2.core.data.storage import ByteFile, is_local, write_file
 if TYPE_CHECKING:
     from siglip2.core.data.source import Source
 
-VERSION = 1
+VERSION = 2  # 1 had no digest
 HEAD_BYTES = 512  # the JSON line is padded to this
 REMOTE_THREADS = 16
+NAMED = 3  # files that an error names
 NAME = re.compile(r"[\w-]+")
+ANEW = "Make the weights of all shards anew, with `siglip2 balance` or what wrote them"
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,13 @@ class WeightsHead:
         stamp: what the shard was recognised by.
         total: sum of the weights.
         smallest: the smallest one.
+        digest: of the weights of all shards that were written together; hexadecimal.
     """
 
     stamp: Stamp
     total: float
     smallest: float
+    digest: str
 
     def line(self) -> bytes:
         """The head as it is stored."""
@@ -55,12 +61,13 @@ class WeightsHead:
         """Reads back what `line` wrote; ValueError if it is something else, or of another version."""
         try:
             values = json.loads(line)
-            if values["version"] == VERSION:
+            version = values["version"]
+            if version == VERSION:
                 stored = Stamp(**{**values["stamp"], "probes": tuple(values["stamp"]["probes"])})
-                return cls(stored, float(values["total"]), float(values["smallest"]))
+                return cls(stored, float(values["total"]), float(values["smallest"]), str(values["digest"]))
         except (KeyError, TypeError, ValueError):
-            pass
-        raise ValueError(f"no weights of version {VERSION}")
+            raise ValueError("this is no file of example weights") from None
+        raise ValueError(f"weights of version {version}, expected {VERSION}. {ANEW}")
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,9 @@ def weights_path(shard: str, name: str) -> str:
 def write_weights(source: "Source", name: str, values: ArrayLike) -> list[str]:
     """Writes the weights of all samples of a source, a file beside each shard, and returns the paths.
 
+    Only the relation of weights counts, so those of two runs cannot be mixed: if this is stopped between two files,
+    they cannot be opened until it is run again.
+
     Args:
         source: the samples.
         name: of these weights, for `data.train.weights`: letters, digits, `_` and `-`.
@@ -114,7 +124,7 @@ def write_weights(source: "Source", name: str, values: ArrayLike) -> list[str]:
     Raises:
         ValueError: if the name or a value cannot be used, or there are not as many values as samples.
     """
-    _check_name(name)
+    check_name(name)
     weights = np.asarray(values, dtype="<f4")
     if weights.shape != (len(source),):
         raise ValueError(f"found weights of shape {weights.shape} for the {len(source)} samples of {source.name}")
@@ -122,12 +132,13 @@ def write_weights(source: "Source", name: str, values: ArrayLike) -> list[str]:
         raise ValueError(f"{bad} of {len(weights)} weights are negative or not finite, expected numbers from 0 on")
     if not weights.any():
         raise ValueError(f"all {len(weights)} weights are 0: nothing would be sampled")
+    digest = hashlib.blake2b(weights.tobytes(), digest_size=16).hexdigest()
     shards, start, paths = _shards(source), 0, []
     for shard, size in zip(shards, source.shard_sizes(), strict=True):
         part = weights[start : start + size]
         start += size
         smallest = float(part.min()) if size else 0.0
-        head = WeightsHead(_stamp(source, shard, size), float(part.sum(dtype="f8")), smallest)
+        head = WeightsHead(_stamp(source, shard, size), float(part.sum(dtype="f8")), smallest, digest)
         write_file(weights_path(shard, name), head.line() + part.tobytes())
         paths.append(weights_path(shard, name))
     return paths
@@ -138,9 +149,10 @@ def open_weights(source: "Source", name: str) -> SampleWeights:
 
     Raises:
         FileNotFoundError: if a shard has none of that name; says which there are.
-        ValueError: if a shard has changed since, or weights are negative, or all are 0.
+        ValueError: if a shard has changed since, shards have weights that were not written together, or weights are
+            negative, or all are 0.
     """
-    _check_name(name)
+    check_name(name)
     shards, sizes = _shards(source), source.shard_sizes()
     with ThreadPoolExecutor(1 if all(map(is_local, shards)) else REMOTE_THREADS) as pool:
         heads = list(pool.map(lambda shard: _read_head(shard, name), shards))
@@ -148,11 +160,12 @@ def open_weights(source: "Source", name: str) -> SampleWeights:
     for shard, head, now in zip(shards, heads, stamps, strict=True):
         if head.stamp != now:
             raise ValueError(
-                f"{weights_path(shard, name)} is stale: {shard} has changed since ({_difference(head.stamp, now)}). "
-                f"Make the weights anew, for example with `siglip2 balance`"
+                f"{weights_path(shard, name)} is stale: {shard} has changed since "
+                f"({_difference(head.stamp, now)}). {ANEW}"
             )
         if head.smallest < 0:
             raise ValueError(f"{weights_path(shard, name)} has negative weights, down to {head.smallest:g}")
+    _check_together([weights_path(shard, name) for shard in shards], heads)
     if not sum(head.total for head in heads) > 0:
         raise ValueError(f"all weights {name!r} of {source.name} are 0: nothing would be sampled")
     return SampleWeights(
@@ -160,9 +173,25 @@ def open_weights(source: "Source", name: str) -> SampleWeights:
     )
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """ValueError if weights cannot be called so."""
     if not NAME.fullmatch(name):
         raise ValueError(f"weights cannot be called {name!r}: letters, digits, '_' and '-' make a name")
+
+
+def _check_together(paths: Sequence[str], heads: Sequence[WeightsHead]) -> None:
+    """ValueError if not all files are of one run; names those that are not as most are."""
+    counts = Counter(head.digest for head in heads)
+    if len(counts) < 2:
+        return
+    most = counts.most_common(1)[0][0]
+    others = [path for path, head in zip(paths, heads, strict=True) if head.digest != most]
+    like_most = next(path for path, head in zip(paths, heads, strict=True) if head.digest == most)
+    named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
+    raise ValueError(
+        f"{named} of {len(paths)} files were not written together with the others, such as {like_most}: a run that "
+        f"wrote them was interrupted, or was given other shards. {ANEW}"
+    )
 
 
 def _shards(source: "Source") -> list[str]:

@@ -131,7 +131,11 @@ def test_biases_are_the_products_of_the_facts():
         (lambda: Constraints((), ()), "0 sensitive attributes"),
         (lambda: Constraints(("a",), (0.5,), representation=-1), "tolerances are -1 and"),
         (lambda: Solver(keep=1.2), "keep is 1.2, expected a mean weight above 0 and up to 1"),
+        (lambda: Constraints(("a",), (0.5,), association=float("nan")), "tolerances are 0.005 and nan"),
         (lambda: Solver(steps=0), "steps and batch of at least 1"),
+        (lambda: Solver(penalty=float("nan")), "expected a finite penalty >= 0"),
+        (lambda: Solver(rate=float("nan")), "rate > 0, .* found 10, nan"),
+        (lambda: Solver(seed=-1), "seed is -1"),
         (lambda: balance(np.zeros((0, 2)), np.zeros((0, 3)), constraints(), QUICK), "no samples to balance"),
     ],
 )

@@ -33,3 +33,23 @@ def test_one_set_is_one_part_without_a_name_or_a_share():
 def test_weight_that_is_no_share_is_refused_by_the_name_of_its_source(weight):
     with pytest.raises(ValueError, match=rf"data\.train\.sources\.de\.weight is {weight:g}, expected a share above 0"):
         TrainSet(sources={"en": SourceSet("a", 1), "de": SourceSet("b", weight)}).source_shares()
+
+
+@pytest.mark.parametrize(
+    ("languages", "message"),
+    [
+        ({"en": -1.0, "de": 2.0}, r"languages\.en is -1, expected a share of 0 or more"),
+        ({"en": float("inf")}, r"languages\.en is inf, expected a share of 0 or more"),
+        ({"de": 1.0, "en": float("nan")}, r"languages\.en is nan, expected a share of 0 or more"),
+        ({"en": 0.0, "de": 0.0}, r"languages has no share above 0"),
+    ],
+)
+def test_languages_that_are_no_shares_are_refused(languages, message):
+    with pytest.raises(ValueError, match=rf"data\.train\.{message}"):
+        TrainSet("a", languages=languages).parts()
+    with pytest.raises(ValueError, match=rf"data\.train\.sources\.web\.{message}"):
+        TrainSet(sources={"web": SourceSet("a", 1, languages=languages)}).parts()
+
+
+def test_language_can_have_the_share_0():
+    assert TrainSet("a", languages={"en": 0.0, "de": 1.0}).parts()[""].languages == {"en": 0.0, "de": 1.0}

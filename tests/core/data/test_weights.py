@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from toy_samples import write_shard
 
+from siglip2.core.data import weights
 from siglip2.core.data.order import Order
 from siglip2.core.data.source import open_source
 from siglip2.core.data.weights import HEAD_BYTES, open_weights, weights_path, write_weights
@@ -114,7 +115,38 @@ def test_cut_or_foreign_file_is_refused(weighted):
     with pytest.raises(ValueError, match=r"00002\.tar\.fair\.weights is cut"):
         open_weights(open_source(str(weighted)), "fair")
     path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"00002\.tar\.fair\.weights: no weights of version 1"):
+    with pytest.raises(ValueError, match=r"00002\.tar\.fair\.weights: this is no file of example weights"):
+        open_weights(open_source(str(weighted)), "fair")
+
+
+def test_rewrite_that_was_interrupted_is_refused_until_it_is_run_again(weighted, monkeypatch):
+    source, new = open_source(str(weighted)), VALUES[::-1]
+    with monkeypatch.context() as patched:
+        left = [weights.write_file]  # one file is written, the next is not
+
+        def write(path, content):
+            left.pop()(path, content)
+
+        patched.setattr(weights, "write_file", write)
+        with pytest.raises(IndexError):
+            write_weights(source, "fair", new)
+    with pytest.raises(
+        ValueError, match=r"00000\.tar\.fair\.weights of 3 files were not written together .*00001\.tar"
+    ):
+        open_weights(source, "fair")
+    write_weights(source, "fair", new)
+    assert open_weights(source, "fair").read(0).tolist() == new[:3].astype(np.float32).tolist()
+
+
+def test_weights_of_a_set_can_be_used_for_some_of_its_shards(weighted):
+    assert open_weights(open_source(f"{weighted}/00001.tar"), "fair").read(0).tolist() == [
+        float(np.float32(value)) for value in VALUES[3:7]
+    ]
+
+
+def test_file_of_another_version_says_so(weighted):
+    rewritten(weighted / "00001.tar.fair.weights", lambda b: b.replace(b'"version": 2', b'"version": 1'))
+    with pytest.raises(ValueError, match=r"00001\.tar\.fair\.weights: weights of version 1, expected 2\. Make .* anew"):
         open_weights(open_source(str(weighted)), "fair")
 
 
