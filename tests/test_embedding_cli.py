@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from siglip2.api import load_module
 from siglip2.cli.main import main
 from siglip2.core.batch import Patches
 from siglip2.core.data.embedding_file import EmbeddingFile
-from siglip2.core.data.embeddings import CachedReference
+from siglip2.core.data.embeddings import CachedReference, EmbeddingStore
 from siglip2.core.data.fields import Fields
+from siglip2.core.data.mixture import JoinedSource
 from siglip2.core.data.source import open_source
 from siglip2.core.views import CAPTION, IMAGE
 from siglip2.testing import tiny_model
@@ -161,6 +163,42 @@ def test_second_run_keeps_what_is_there_and_a_missing_shard_is_made_again(ran, c
     summary = ran(checkpoint, shards, "--name", "tiny", *FIELD)
     assert (summary["shards"], summary["embedded"], summary["kept"], summary["images"]) == (2, 1, 1, 16)
     assert ran(checkpoint, shards, "--name", "tiny", *FIELD)["embedded"] == 0
+
+
+def test_commands_that_the_check_prints_for_a_mixture_embed_what_each_source_lacks(ran, checkpoint, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "fine")
+    (tmp_path / "table.text").write_text("filepath,title\na.png,a red disc\n")
+    (tmp_path / "a.png").write_bytes(open_source(str(shards)).read(0).record["png"])
+    fields = Fields(image="png", caption="json.caption", extra={"short": "txt"})
+    sources = {
+        "fine": open_source(str(tmp_path / "fine"), fields=Fields(caption="json.caption", extra={"short": "txt"})),
+        "other": open_source(str(shards), fields=fields),
+        "table": open_source(str(tmp_path / "table.text"), format="table"),
+    }
+    both = ["--field", "caption=json.caption", "--field", "short=txt", "--captions", "caption", "short"]
+    for folder in (tmp_path / "fine", shards):
+        ran(checkpoint, folder, "--name", "tiny", *both, "--precision", "fp32")
+    tokenizer, joined = load_module(str(checkpoint)).tokenizer, JoinedSource(sources)
+    with pytest.raises(ValueError, match="do not fit fine \\+ other \\+ table") as refused:
+        EmbeddingStore("tiny").check(joined, tokenizer)
+    commands = [shlex.split(line.split("`")[1]) for line in str(refused.value).splitlines() if "`" in line]
+    assert [words[3] for words in commands] == [str(shards), str(tmp_path / "table.text")]
+    assert [ran(*words[2:])["embedded"] for words in commands] == [2, 1]
+    EmbeddingStore("tiny").check(joined, tokenizer)
+
+
+def test_caption_file_that_cannot_be_read_is_a_failure_like_a_bad_picture(ran, checkpoint, toy_shards, tmp_path):
+    picture = open_source(str(toy_shards)).read(0).record["png"]
+    with open(tmp_path / "0.tar", "wb") as file, TarWriter(file, encoder=False) as tar:
+        tar.write({"__key__": "good", "png": picture, "txt": b"a red disc"})
+        tar.write({"__key__": "latin", "png": picture, "txt": b"caf\xe9"})
+        tar.write({"__key__": "cut", "png": picture, "json": b'{"caption": "a bl'})
+    summary = ran(checkpoint, tmp_path, "--name", "tiny")
+    assert (summary["embedded"], summary["images"], summary["texts"]) == (1, 3, 1)
+    reasons = {failure["key"]: failure["reason"] for failure in summary["failures"]}
+    assert reasons.keys() == {"latin", "cut"}
+    assert "'txt' is not UTF-8 text" in reasons["latin"]
+    assert "'json' is not JSON" in reasons["cut"]
 
 
 def test_parts_and_an_own_folder_and_captions_only(ran, checkpoint, shards, tmp_path):

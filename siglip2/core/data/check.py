@@ -105,9 +105,16 @@ def _unusable(sample: Sample, name: str, *, captions: bool = False) -> BadSample
     return None
 
 
+def _present(sample: Sample, name: str) -> bool:
+    try:
+        return sample.has(name)
+    except BadSample:
+        return True  # it is there, in a file that cannot be read
+
+
 def _explain(source: Source, name: str, samples: list[Sample], reasons: list[str]) -> str:
     message = f"{source.name}: no {name} in the first {len(reasons)} samples of a shard. {reasons[0]}"
-    if not samples or samples[0].has(name):
+    if not samples or _present(samples[0], name):
         return message
     available = samples[0].available()
     wanted = {

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -22,14 +23,16 @@ from torch import Tensor
 from siglip2.core.data.embedding_file import (
     EmbeddingFile,
     EmbeddingHead,
-    read_embedding_head,
     sidecar_path,
     tokenizer_digest,
 )
-from siglip2.core.data.fields import Sample
+from siglip2.core.data.fields import Fields, Sample, alternatives
+from siglip2.core.data.folders import FolderSource
 from siglip2.core.data.loader import KnowsKeys
-from siglip2.core.data.source import Source
-from siglip2.core.data.storage import ByteFile, cached_copy, is_local, nearby
+from siglip2.core.data.source import Source, kind_of
+from siglip2.core.data.storage import MAX_BYTES, ByteFile, cached_copy, is_local, nearby
+from siglip2.core.data.tables import TableSource
+from siglip2.core.data.tar_source import TarSource
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.data.text_contract import TextContract
 from siglip2.core.model.two_towers import unit_norm
@@ -39,8 +42,9 @@ from siglip2.core.views import CAPTION, Context, TextView
 
 OPEN_FILES = 128  # per worker; as many as a source of tar shards holds open
 REMOTE_THREADS = 16
-NAMED = 4  # shards that an error names before it only counts them
+NAMED = 4  # shards of a source that an error names before it only counts them
 HEADER_BYTES = 2**15  # more than a file's header has
+FORMATS: dict[type, str] = {TarSource: "tar", TableSource: "table", FolderSource: "folder"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class EmbeddingStore:
     def check(self, source: Source, tokenizer: Tokenizer) -> EmbeddingHead:
         """Compares the embeddings of all shards with the shards, with one another and with the run's text contract.
 
-        Reads the heads only, and the keys of the first and the last shard if those are tar files.
+        Reads the heads only, and the keys of the first and the last shard of each source if those are tar files.
 
         Args:
             source: what is trained on.
@@ -117,49 +121,60 @@ class EmbeddingStore:
             The head of the first shard's embeddings; all agree in what made them.
 
         Raises:
-            ValueError: if they are missing, damaged, stale or incomplete for a shard, are those of several checkpoints,
-                or of other ids than the run's. Names the first shards and the command that mends it.
+            ValueError: if they are missing, damaged, stale or incomplete for a shard, of another picture field than the
+                source's, those of several checkpoints, or of other ids than the run's. Names the first shards of each
+                source and the command that mends it.
         """
-        places = getattr(source, "shards", None) or [source.name]
-        shards = {where: size for where, size in zip(places, source.shard_sizes(), strict=True) if size}
-        with ThreadPoolExecutor(1 if all(map(is_local, shards)) else REMOTE_THREADS) as pool:
-            found = list(pool.map(self._look, shards, shards.values()))
-        heads = [head for head, _ in found if head is not None]
-        problems = [f"{where}: {what}" for where, (_, what) in zip(shards, found, strict=True) if what]
-        problems = problems or self._other_keys(source)
-        if problems:
-            more = f"\n  and {len(problems) - NAMED} more of {len(shards)}" if len(problems) > NAMED else ""
-            listed = "\n  ".join(problems[:NAMED])
+        parts: list[Source] = list(getattr(source, "parts", {"": source}).values())
+        with ThreadPoolExecutor(1 if all(is_local(w) for p in parts for w in _filled(p)) else REMOTE_THREADS) as pool:
+            looks = [pool.map(partial(self._look, part), _filled(part).items()) for part in parts]
+            found = [list(look) for look in looks]
+        problems = [[line for _, line in look if line] for look in found]
+        if not any(problems):
+            problems = [self._other_keys(part) for part in parts]
+        heads = [[head for head, _ in look if head is not None] for look in found]
+        all_heads = [head for part in heads for head in part]
+        if any(problems):
+            listed, commands = [], []
+            for part, lines, own in zip(parts, problems, heads, strict=True):
+                listed += [f"\n  {line}" for line in lines[:NAMED]]
+                if len(lines) > NAMED:
+                    listed.append(f"\n  and {len(lines) - NAMED} more of {len(_filled(part))}")
+                if lines:
+                    commands.append(self._command(part, own or all_heads, (own or all_heads)[:1]))
             raise ValueError(
-                f"the embeddings '{self.name}' do not fit {source.name}:\n  {listed}{more}\n"
-                f"`{self._command(source, heads)}` embeds what is missing, incomplete or changed, and nothing else"
+                f"the embeddings '{self.name}' do not fit {source.name}:{''.join(listed)}\n{_quoted(commands)} "
+                f"{'embed' if len(commands) > 1 else 'embeds'} what is missing, incomplete or changed, and nothing else"
             )
-        self._check_alike(source, heads)
-        _check_text(self.name, heads[0], tokenizer)
-        return heads[0]
+        self._check_alike(source.name, parts, heads)
+        _check_text(self.name, all_heads[0], tokenizer)
+        return all_heads[0]
 
-    def _look(self, where: str, num_samples: int) -> tuple[EmbeddingHead | None, str]:
-        """The head of a shard's embeddings, and what is wrong with them."""
+    def _look(self, part: Source, shard: tuple[str, int]) -> tuple[EmbeddingHead | None, str]:
+        """The head of the embeddings of a shard (path, samples), and a line on what is wrong with them."""
+        where, num_samples = shard
         path = self.path(where)
         try:
             head = EmbeddingFile(path).head
             change = head.stamp.change(where, num_samples, head.words)
         except FileNotFoundError:
-            return None, f"no embeddings at {path}"
+            return None, f"{where}: no embeddings at {path}"
         except ValueError as error:
-            return None, str(error)
+            return None, f"{where}: {error}"
         if change:
-            return head, f"stale, the shard changed since: {change}"
+            return head, f"{where}: stale, the shard changed since: {change}"
         if not (head.images and head.texts):
-            return head, f"only {'pictures' if head.images else 'captions'} were embedded"
+            return head, f"{where}: only {'pictures' if head.images else 'captions'} were embedded"
+        embedded, here = head.fields["image"], _fields(part).image
+        if alternatives(embedded) != alternatives(here):
+            return head, f"{where}: the pictures of field image {embedded!r} were embedded, the run reads {here!r}"
         return head, ""
 
-    def _other_keys(self, source: Source) -> list[str]:
+    def _other_keys(self, part: Source) -> list[str]:
         """A line for the first and the last shard, if their samples have other keys than those that were embedded."""
-        if not isinstance(source, KnowsKeys):
+        if not isinstance(part, KnowsKeys):
             return []
-        sizes = source.shard_sizes()
-        places = getattr(source, "shards", None) or [source.name]
+        sizes, places = part.shard_sizes(), _places(part)
         filled = [shard for shard, size in enumerate(sizes) if size]
         starts = [0, *accumulate(sizes)]
         lines = []
@@ -167,28 +182,84 @@ class EmbeddingStore:
             file = self.file(places[shard])
             if file.head.stamp.kind != "tar":  # all of a table or folder is in its stamp
                 continue
-            now, then = [source.key(i) for i in range(starts[shard], starts[shard + 1])], file.keys
+            now, then = [part.key(i) for i in range(starts[shard], starts[shard + 1])], file.keys
             if differing := [(a, b) for a, b in zip(now, then, strict=False) if a != b]:
                 a, b = differing[0]
                 lines.append(f"{places[shard]}: stale, sample {a!r} was {b!r}: delete {self.path(places[shard])}")
         return lines
 
-    def _check_alike(self, source: Source, heads: list[EmbeddingHead]) -> None:
-        kinds = {(h.encoder.digest, h.dtype): h for h in reversed(heads)}
+    def _check_alike(self, name: str, parts: list[Source], heads: list[list[EmbeddingHead]]) -> None:
+        kinds = {_kind(head): head for own in reversed(heads) for head in reversed(own)}
         if len(kinds) > 1:
             lines = "\n  ".join(
                 f"{h.shard}: {h.encoder.checkpoint} ({h.encoder.digest}), {h.dtype}" for h in kinds.values()
             )
+            first = next(head for own in heads for head in own)
+            commands = [
+                f"{self._command(part, own, [first])} --overwrite"
+                for part, own in zip(parts, heads, strict=True)
+                if any(_kind(head) != _kind(first) for head in own)
+            ]
             raise ValueError(
-                f"the embeddings '{self.name}' of {source.name} were not all made by one checkpoint in one precision:\n"
-                f"  {lines}\n`{self._command(source, heads)} --overwrite` makes them so"
+                f"the embeddings '{self.name}' of {name} were not all made by one checkpoint in one precision:\n"
+                f"  {lines}\n{_quoted(commands)} {'make' if len(commands) > 1 else 'makes'} them so"
             )
 
-    def _command(self, source: Source, heads: list[EmbeddingHead]) -> str:
-        checkpoint = heads[0].encoder.checkpoint if heads else "CHECKPOINT"
-        data = getattr(source, "parts", {"": source})
-        words = ["siglip2", "embed", checkpoint, next(iter(data.values())).name, "--name", self.name]
-        return shlex.join([*words, "--out", self.folder] if self.folder else words)
+    def _command(self, part: Source, heads: list[EmbeddingHead], made: list[EmbeddingHead]) -> str:
+        """The command that embeds a source as it is read here: with the captions of `heads`, in the way of `made`."""
+        fields, usual = _fields(part), Fields()
+        captions = dict.fromkeys(name for head in heads for name in head.fields if name in fields.names())
+        captions.pop("image", None)
+        names = list(captions) or ["caption"]
+        words = ["siglip2", "embed", made[0].encoder.checkpoint if made else "CHECKPOINT", part.name]
+        words += ["--name", self.name, *(["--out", self.folder] if self.folder else [])]
+        if type(part) in FORMATS and FORMATS[type(part)] != _guessed(part.name):
+            words += ["--format", FORMATS[type(part)]]
+        for name in ("image", *names):
+            if name in fields.extra or fields.spec(name) != usual.spec(name):
+                words += ["--field", f"{name}={fields.spec(name)}"]
+        if names != ["caption"]:
+            words += ["--captions", *names]
+        if (max_bytes := getattr(part, "max_bytes", MAX_BYTES)) != MAX_BYTES:
+            words += ["--max-bytes", str(max_bytes)]
+        for head in made:
+            if head.dtype != "float16":
+                words += ["--precision", {"bfloat16": "bf16", "float32": "fp32"}[head.dtype]]
+            if head.encoder.compute != "fp32":
+                words += ["--compute", head.encoder.compute]
+        return shlex.join(words)
+
+
+def _places(part: Source) -> list[str]:
+    """The shards of a source; a table or folder is one."""
+    return getattr(part, "shards", None) or [part.name]
+
+
+def _filled(part: Source) -> dict[str, int]:
+    """The shards of a source that have samples, and how many."""
+    return {where: size for where, size in zip(_places(part), part.shard_sizes(), strict=True) if size}
+
+
+def _fields(part: Source) -> Fields:
+    fields: Fields = getattr(part, "fields", Fields())
+    return fields
+
+
+def _guessed(path: str) -> str:
+    """The format that `siglip2 embed` takes data for without --format; "" if it cannot tell."""
+    try:
+        return kind_of([path])
+    except ValueError:
+        return ""
+
+
+def _kind(head: EmbeddingHead) -> tuple[str, str]:
+    """What has to be one and the same in all shards."""
+    return head.encoder.digest, head.dtype
+
+
+def _quoted(commands: list[str]) -> str:
+    return "\n".join(f"`{command}`" for command in commands)
 
 
 def _check_text(name: str, head: EmbeddingHead, tokenizer: Tokenizer) -> None:
@@ -215,12 +286,18 @@ class CachedView:
         store: where they are.
         name: the key under which the step finds it.
         caption: the view whose draw is repeated: the caption is the one that it draws for this very sample.
+        digest: of the encoder that the embeddings have to be of (`Encoder.digest`); "" takes those of any.
+        checkpoint: that encoder's file, for an error.
+        dtype: that they have to be stored in; "" takes any.
     """
 
     store: EmbeddingStore
     name: str = "cached"
     caption: TextView = CAPTION
     copies: int = 1
+    digest: str = ""
+    checkpoint: str = ""
+    dtype: str = ""
 
     def __call__(self, sample: Sample, context: Context) -> Tensor:
         # what `loader.Maker` gives the caption's view: the same seed and position, and that view's name
@@ -233,8 +310,20 @@ class CachedView:
         return torch.cat([image_D, text_D])[None]
 
     def check(self, source: Source, tokenizer: Tokenizer) -> None:
-        """Raises ValueError if the embeddings are not those of the source's samples, or of another text contract."""
-        self.store.check(source, tokenizer)
+        """Compares the embeddings with the source, with the run's text contract and with the encoder asked for.
+
+        Raises:
+            ValueError: as `EmbeddingStore.check`; or if they are those of another encoder than `digest`.
+        """
+        head = self.store.check(source, tokenizer)
+        if (self.digest or head.encoder.digest, self.dtype or head.dtype) != _kind(head):
+            mine = self.store.path(next(iter(_filled(source))))
+            raise ValueError(
+                f"the embeddings '{self.store.name}' of {source.name} are those of {head.encoder.checkpoint} "
+                f"({head.encoder.digest}), {head.dtype}; temperature, bias and width were taken from another file of "
+                f"that name, of {self.checkpoint} ({self.digest}), {self.dtype}. Give {mine} in place of FOLDER/NAME "
+                f"to take them from the run's own; or embed this data too with {self.checkpoint}, with --overwrite"
+            )
 
 
 class CachedReference:
@@ -273,7 +362,15 @@ class CachedReference:
 
     def view(self, name: str = "cached", caption: TextView = CAPTION) -> CachedView:
         """Returns the view that gives, for each sample, its embeddings of the picture and of the drawn caption."""
-        return CachedView(self.store, name, caption)
+        encoder = self.head.encoder
+        return CachedView(
+            self.store,
+            name,
+            caption,
+            digest=encoder.digest,
+            checkpoint=encoder.checkpoint,
+            dtype=self.head.dtype,
+        )
 
     def split(self, rows_B2D: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what the view gave as embeddings of pictures and of captions, each [B, D] float32 of unit norm."""
@@ -285,10 +382,15 @@ def _find(place: str) -> str:
     if place.endswith(".safetensors"):
         return place
     folder, _, name = place.rpartition("/")
+    damaged = []
     for path in sorted(_named(folder or ".", name)):
-        head = read_embedding_head(path)  # `*.b.safetensors` are also those of `a.b`
-        if head is not None and head.name == name:
-            return path
+        try:
+            if EmbeddingFile(path).head.name == name:  # `*.b.safetensors` are also those of `a.b`
+                return path
+        except ValueError as error:
+            damaged.append(error)
+    if damaged:
+        raise damaged[0]
     raise FileNotFoundError(f"no embeddings called '{name}' in {folder or '.'}; {nearby(os.path.join(folder, ''))}")
 
 

@@ -272,10 +272,8 @@ class Sample:
 
     def captions_if_any(self, name: str) -> dict[str, list[str]]:
         """As `captions`, but empty where the field is missing; one that cannot be read is noted, and empty."""
-        if not self.has(name):
-            return {}
         try:
-            return self.captions(name)
+            return self.captions(name) if self.has(name) else {}
         except BadSample as error:
             self.note(error.reason)
             return {}

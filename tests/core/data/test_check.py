@@ -85,6 +85,13 @@ def test_caption_field_that_no_sample_has_is_named_with_what_there_is(tmp_path):
         check_captions(source, ("caption", "synthetic"))
 
 
+def test_captions_in_files_that_cannot_be_read_are_an_error_with_the_reason(tmp_path):
+    with open(tmp_path / "a.tar", "wb") as file, TarWriter(file) as tar:
+        tar.write({"__key__": "0", "jpg": picture(0), "txt": b"\xff\xfe"})
+    with pytest.raises(ValueError, match=r"no caption in the first 1 samples .* 'txt' is not UTF-8 text"):
+        check_captions(open_source(str(tmp_path / "a.tar")), ("caption",))
+
+
 def test_check_lets_errors_of_the_user_of_samples_pass(shards):
     def use(i):
         raise KeyError("no such option")

@@ -210,6 +210,23 @@ def test_broken_picture_and_missing_caption_are_listed_and_make_bad_samples(tmp_
         row(source, 2, view)
 
 
+def test_caption_that_cannot_be_read_is_listed_and_the_other_field_is_embedded(tmp_path):
+    with open(tmp_path / "0.tar", "wb") as file, TarWriter(file, encoder=False) as tar:
+        tar.write({"__key__": "a", "jpg": picture(1), "txt": b"\xff\xfe"})
+        tar.write({"__key__": "b", "jpg": picture(2), "json": b"{"})
+        tar.write({"__key__": "c", "jpg": picture(3), "txt": b"\xff", "json": b'{"alt": "a red disc"}'})
+    fields = Fields(extra={"alt": "json.alt"})
+    embed(tmp_path, fields=fields, captions=("caption", "alt"))
+    file = EmbeddingFile(f"{tmp_path}/0.tar.t.safetensors")
+    assert [row for row, _ in file.failures] == [0, 1]
+    assert "'txt' is not UTF-8 text" in file.failures[0][1]
+    assert "'json' is not JSON" in file.failures[1][1]
+    assert (file.head.num_images, file.head.num_texts) == (3, 1)
+    source, view = open_source(str(tmp_path), fields=fields), CachedView(EmbeddingStore("t"))
+    both = Shares(captions={"caption": 0.5, "alt": 0.5})
+    assert row(source, 2, view, shares=both)["cached"].isfinite().all()
+
+
 def test_caption_that_was_not_embedded_makes_a_bad_sample(shards):
     embed(shards, captions=("short",))
     source, view = open_source(str(shards), fields=FIELDS), CachedView(EmbeddingStore("t"))
@@ -377,7 +394,9 @@ def test_check_passes_what_was_just_embedded_also_where_it_was_moved_to(shards, 
 def test_check_names_shards_without_embeddings_and_the_command(shards):
     message = refusal(shards)
     assert f"00000.tar: no embeddings at {shards}/00000.tar.t.safetensors" in message
-    assert f"`siglip2 embed CHECKPOINT {shards} --name t` embeds what is missing" in message
+    assert (
+        f"`siglip2 embed CHECKPOINT {shards} --name t --field caption=json.caption` embeds what is missing" in message
+    )
     embed(shards)
     os.unlink(f"{shards}/00001.tar.t.safetensors")
     message = refusal(shards)
@@ -442,7 +461,56 @@ def test_check_and_view_work_on_joined_sources(shards, tmp_path):
         torch.testing.assert_close(made["cached"], expected, rtol=0, atol=1e-6)
 
 
+def test_check_refuses_the_pictures_of_another_field(shards, tmp_path):
+    embed(shards)
+    other = open_source(str(shards), fields=replace(FIELDS, image="jpg"))
+    message = refusal(other)
+    assert "00000.tar: the pictures of field image 'jpg;jpeg;png;webp' were embedded, the run reads 'jpg'" in message
+    assert "--field image=jpg --field caption=json.caption --field short=txt --captions caption short`" in message
+    spaced = open_source(str(shards), fields=replace(FIELDS, image="jpg | jpeg | png | webp"))
+    EmbeddingStore("t").check(spaced, MODULE.tokenizer)
+    (tmp_path / "a.jpg").write_bytes(picture(50))
+    (tmp_path / "set.csv").write_text("filepath,cropped,title\na.jpg,a.jpg,a red disc\n")
+    embed(tmp_path / "set.csv", fields=Fields(), captions=("caption",))
+    named, cropped = (open_source(str(tmp_path / "set.csv"), fields=Fields(image=x)) for x in ("filepath", "cropped"))
+    EmbeddingStore("t").check(JoinedSource({"tars": spaced, "table": named}), MODULE.tokenizer)
+    message = refusal(JoinedSource({"tars": spaced, "table": cropped}))
+    assert "set.csv: the pictures of field image 'filepath' were embedded, the run reads 'cropped'" in message
+    assert "00000.tar" not in message
+
+
 # The reference
+
+
+def test_reference_of_another_checkpoint_than_the_rows_is_refused(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "elsewhere")
+    embed(shards)
+    embed(tmp_path / "elsewhere", OTHER)
+    source = open_source(str(shards), fields=FIELDS)
+    view = CachedReference(f"{tmp_path}/elsewhere/t").view()
+    with pytest.raises(ValueError) as refused:
+        view.check(source, MODULE.tokenizer)
+    mine, other = (EmbeddingFile(f"{folder}/00000.tar.t.safetensors") for folder in (shards, tmp_path / "elsewhere"))
+    message = str(refused.value)
+    assert f"are those of tiny.ckpt ({mine.head.encoder.digest}), float16" in message
+    assert f"of tiny.ckpt ({other.head.encoder.digest}), float16. Give {mine.path} in place of" in message
+    CachedReference(mine.path).view().check(source, MODULE.tokenizer)
+    embed(tmp_path / "elsewhere", overwrite=True, dtype="float32")
+    with pytest.raises(ValueError, match="float16; temperature, bias and width .*, float32"):
+        CachedReference(f"{tmp_path}/elsewhere/t").view().check(source, MODULE.tokenizer)
+
+
+def test_reference_in_one_damaged_file_says_that_it_is_damaged(shards):
+    embed(shards)
+    whole, cut = f"{shards}/00000.tar.t.safetensors", f"{shards}/00001.tar.t.safetensors"
+    os.truncate(cut, os.path.getsize(cut) - 1)
+    assert CachedReference(f"{shards}/t").head.shard == f"{shards}/00000.tar"
+    os.unlink(whole)
+    with pytest.raises(ValueError, match=r"00001.tar.t.safetensors is cut short or damaged"):
+        CachedReference(f"{shards}/t")
+    os.truncate(cut, 100)
+    with pytest.raises(ValueError, match=r"00001.tar.t.safetensors holds no embeddings of version 1"):
+        CachedReference(f"{shards}/t")
 
 
 def test_reference_is_found_by_folder_and_name_and_has_temperature_and_bias(shards, tmp_path):
