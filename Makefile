@@ -47,6 +47,9 @@ bench: env
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/naflex.py
 	$(BIN)/python benchmarks/naflex_loader.py
+	$(BIN)/python benchmarks/acid_select.py
+	$(BIN)/python benchmarks/balance.py
+	$(BIN)/python benchmarks/inference.py
 
 clean:
 	rm -rf $(VENV) data runs dist

@@ -2,8 +2,9 @@
 
 Learner and reference give unit-norm embeddings of M images and texts. Memory is counted twice: as torch allocates it
 (tensors that are alive beyond the embeddings) and as the process holds it (its largest resident size beyond that before
-the draw). A step scores M rows with learner and reference and trains on those that are kept; the towers are timed on a
-few rows, in turns, and multiplied. One process, one run: python benchmarks/acid_select.py
+the draw). A step scores M rows with learner and reference and trains on those that are kept: whole steps are taken on a
+few rows, in turns with plain ones, and for the full M the towers' times are multiplied. One process, one run:
+python benchmarks/acid_select.py
 """
 
 import argparse
@@ -104,6 +105,39 @@ def seconds_per_row(args: argparse.Namespace) -> tuple[float, float, float]:
     return score, other, train
 
 
+def paired_steps(args: argparse.Namespace) -> list[tuple[float, float]]:
+    """Seconds of a curated step over those of a plain one, with cached embeddings and with the reference, by round.
+
+    A plain step trains on as many rows as `filter_ratio` leaves; a curated one scores all of them, draws as many and
+    trains on those.
+    """
+    patch_size, rows = int(args.size.partition("/")[2]), args.paired_rows
+    shape = {"patch_size": patch_size, "grid": (256 // patch_size,) * 2, "vocab_size": 32000, "context_length": 64}
+    learner, reference = (build_two_towers(args.size, **shape) for _ in range(2))
+    images, ids = inputs(rows, patch_size)
+    kept = round(rows * (1 - args.filter_ratio))
+    cached, first, ratios = whole(reference, images, ids), torch.arange(kept), []
+    for turn in range(args.rounds + 1):
+        plain = trained(learner, images.images(first), ids[first])
+        asked = []
+        for other in (lambda: cached, lambda: whole(reference, images, ids)):
+            began = time.perf_counter()
+            with torch.no_grad():
+                terms = [(1.0, whole(learner, images, ids)), (-1.0, other())]
+                drawn = draw_jointly(terms, gumbel_noise(0, turn, chunks=1, rows=rows), Draw(1, 1, kept)).rows_b
+            trained(learner, images.images(drawn), ids[drawn])
+            asked.append((time.perf_counter() - began) / plain)
+        ratios.append((asked[0], asked[1]))
+    return ratios[1:]
+
+
+@torch.no_grad()
+def whole(towers: TwoTowers, images: Patches, ids: Tensor) -> Embedded:
+    """What towers make of all rows."""
+    image, text = towers.encode_image(images).embedding, towers.encode_text(ids).embedding
+    return Embedded(image, text, towers.logit_scale, towers.logit_bias)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[4096, 16384, 65536], help="M, of each super-batch")
@@ -114,6 +148,7 @@ def main() -> None:
     parser.add_argument("--size", default="B/16", help="of the learner in the step")
     parser.add_argument("--reference-size", default="B/16", help="of the reference in the step")
     parser.add_argument("--step-rows", type=int, default=4, help="rows that the towers are timed on; 0 leaves it out")
+    parser.add_argument("--paired-rows", type=int, default=4, help="M of the whole steps; 0 leaves them out")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     print("| M | kept | embeddings, MiB | draw: torch, MiB | process, MiB | in all, MiB | seconds | GFLOP/s |")
@@ -121,6 +156,12 @@ def main() -> None:
     for rows in args.rows:
         line, seconds = measured(rows, args)
         print(line, flush=True)
+    if args.paired_rows:
+        print(f"\nWhole steps of {args.size} on M = {args.paired_rows}, times of a plain one on what is kept:\n")
+        for name, found in zip(
+            ("cached embeddings", "with the reference"), zip(*paired_steps(args), strict=True), strict=True
+        ):
+            print(f"- {name}: {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})", flush=True)
     if not args.step_rows:
         return
     rows = args.rows[-1]
