@@ -29,8 +29,8 @@ class EMATeacher(Plugin):
         stop: progress in [0, 1] from which it sleeps: it moves no more, but stays in memory and in checkpoints.
 
     Raises:
-        ValueError: if the momentum is outside [0, 1], or the teacher is to be kept in 16 bits (trainer.precision is
-            bf16-true or 16-true).
+        ValueError: if the momentum is outside [0, 1], the vision tower has adapters (`lora`), or the teacher is to be
+            kept in 16 bits (trainer.precision is bf16-true or 16-true).
     """
 
     name = "ema_teacher"
@@ -45,6 +45,11 @@ class EMATeacher(Plugin):
 
     @hookimpl(trylast=True)  # after the objectives, which register their heads
     def setup(self, model: TwoTowers, heads: dict[str, nn.Module]) -> None:
+        if any(hasattr(part, "base_layer") for part in model.vision.modules()):  # as peft calls what it wraps
+            raise ValueError(
+                "ema_teacher: the vision tower has adapters, and a copy of it would be saved and loaded as if it were "
+                "trained. Set --plugins.ema_teacher off, with silc and tips, or leave lora out"
+            )
         self.vision = _frozen_copy(model.vision)
         self.heads = nn.ModuleDict({name: _frozen_copy(head) for name, head in heads.items()})
         self._led = (dict(heads),)  # in a tuple: the student's heads belong to their plugins, not to this module

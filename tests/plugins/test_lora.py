@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from siglip2.plugins.ema_teacher import EMATeacher
 from siglip2.plugins.lora import LoRA, merged
 from siglip2.testing import tiny_model, tiny_module
 
@@ -83,3 +84,10 @@ def test_option_out_of_range_is_refused(options):
 def test_pattern_that_fits_no_layer_is_named():
     with pytest.raises(ValueError, match="lora: no Linear of the towers fits 'vison"):
         tiny_module([LoRA(match=r"vison\.blocks.*")])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_teacher_of_a_tower_with_adapters_is_refused_wherever_it_stands(order):
+    plugins = [LoRA(rank=4), EMATeacher(start=0.0)]
+    with pytest.raises(ValueError, match="ema_teacher: the vision tower has adapters"):
+        tiny_module(plugins[::order])
