@@ -122,7 +122,8 @@ def native_sides(folder: Path, dtype: torch.dtype, pictures: Sequence[Tensor], d
     theirs = transformers.AutoModel.from_pretrained(folder / "hf-True", dtype=dtype).to(device).eval()
     processor = transformers.AutoImageProcessor.from_pretrained(folder / "hf-True")
     shape = replace(size_named("B/16").vision, depth=len(ours.model.vision.blocks))
-    timms = make_timm(ours.model.vision, shape).to(device, dtype).eval()
+    plain = siglip2.load(folder / "hf-True", "cpu", packed=False).model.vision  # packed layers show no weights
+    timms = make_timm(plain, shape).to(device, dtype).eval()
     patches = joined(ours, pictures)
     assert patches.valid is not None
     assert patches.sizes is not None

@@ -27,6 +27,7 @@ from siglip2.core.data.embedding_file import EmbeddingFile
 from siglip2.core.data.fields import Fields
 from siglip2.core.data.source import FORMATS, open_source
 from siglip2.core.data.storage import MAX_BYTES, is_local
+from siglip2.prediction.packed import can_pack, pack
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _prepare(args: argparse.Namespace, fabric: Fabric) -> tuple[Job, Encode]:
     """Opens checkpoint and data."""
-    loaded = load(args.checkpoint, fabric.device)
+    loaded = load(args.checkpoint, fabric.device, packed=False)  # the weights are described first
     source = open_source(
         args.data, format=args.format, fields=_fields(args.field), cache_dir=args.cache_dir, max_bytes=args.max_bytes
     )
@@ -127,6 +128,8 @@ def _prepare(args: argparse.Namespace, fabric: Fabric) -> tuple[Job, Encode]:
         batch_size=args.batch_size,
     )
     model = loaded.model
+    if loaded.device.type == "cpu" and args.compute == "fp32" and can_pack(torch.float32):
+        pack(model)
 
     @torch.inference_mode()
     def encode(inputs: Patches | Tensor) -> Tensor:

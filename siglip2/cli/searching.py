@@ -77,7 +77,7 @@ def _model(index: Index, path: str | None, device: str | None) -> Model:
     """The towers that made the index; queries of any others would find nothing that means anything."""
     encoder = index.head.encoder
     try:
-        model = load(path or encoder.checkpoint, device)
+        model = load(path or encoder.checkpoint, device, packed=False)  # described before it is used
     except FileNotFoundError as error:
         error.add_note("it made these embeddings: give its place as --ckpt_path")
         raise

@@ -75,7 +75,7 @@ class VisionTower(nn.Module):
         packing = images.packing
         if packing is not None and masked_BN is not None:
             raise ValueError("patches cannot be masked where images share rows: use a patchifier that does not pack")
-        x = self.embed(to_unit_range(images.patches, self.embed.weight.dtype))  # [B, N, P] -> [B, N, D]
+        x = self.embed(to_unit_range(images.patches, self.pos_embed.dtype))  # [B, N, P] -> [B, N, D]
         if masked_BN is not None and mask_token_D is not None:
             x = torch.where(masked_BN[..., None], mask_token_D.to(x.dtype), x)
         x = x + self._positions(images)
