@@ -119,9 +119,21 @@ def register() -> None:
         models.MODEL_TYPES.append(MODEL_TYPE)  # the list that its command line holds, too
 
 
+def repair_accuracy() -> None:
+    """Gives CLIP_benchmark, whose own makes floats of arrays with one element, an accuracy that numpy 2.4 takes."""
+    from clip_benchmark.metrics import zeroshot_classification
+
+    def accuracy(output_BK: Tensor, target_B: Tensor, topk: Sequence[int] = (1,)) -> list[float]:
+        hits_Bk = output_BK.topk(max(topk), dim=1).indices == target_B[:, None]
+        return [hits_Bk[:, :k].any(dim=1).double().mean().item() for k in topk]
+
+    zeroshot_classification.accuracy = accuracy
+
+
 def main() -> None:
     """Runs CLIP_benchmark's command line with our models in it."""
     register()
+    repair_accuracy()
     from clip_benchmark.cli import main as run
 
     sys.exit(run())
