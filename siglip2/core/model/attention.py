@@ -12,6 +12,7 @@ from timm.layers import Attention, AttentionPoolLatent
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+ALIGNED = 32  # numbers in bf16 of one AVX-512 register
 LEAST_FLEX_WIDTH = 16  # of a head: the compiled kernel refuses narrower ones
 
 
@@ -30,10 +31,20 @@ def attend(q_Bhqd: Tensor, k_Bhkd: Tensor, v_Bhkd: Tensor, mask: Tensor | BlockM
         return _flex(q_Bhqd)(q_Bhqd, k_Bhkd, v_Bhkd, block_mask=mask)
     if fused:
         return F.scaled_dot_product_attention(q_Bhqd, k_Bhkd, v_Bhkd, attn_mask=mask)
+    num_keys, spare = k_Bhkd.shape[-2], _spare_keys(k_Bhkd)
+    if spare:
+        k_Bhkd, v_Bhkd = (F.pad(x, (0, 0, 0, spare)) for x in (k_Bhkd, v_Bhkd))
     scores = q_Bhqd * q_Bhqd.shape[-1] ** -0.5 @ k_Bhkd.transpose(-2, -1)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~F.pad(mask, (0, spare)), float("-inf"))
+    elif spare:
+        scores[..., num_keys:] = float("-inf")
     return scores.softmax(dim=-1) @ v_Bhkd
+
+
+def _spare_keys(k: Tensor) -> int:
+    """How many keys to add so that a softmax in bf16 on a CPU has whole vectors: what is left over takes as long."""
+    return -k.shape[-2] % ALIGNED if k.device.type == "cpu" and k.dtype == torch.bfloat16 else 0
 
 
 def _flex(q: Tensor) -> Callable[..., Any]:
