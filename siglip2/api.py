@@ -52,7 +52,8 @@ def load(
         dtype: of the weights, such as torch.bfloat16; None keeps float32.
         seq_len: patches per picture, where pictures keep their aspect ratio; None takes what the checkpoint says, and
             for released weights as many as the position table has cells.
-        tokenizer: a tokenizer.json, a SentencePiece model, or a folder with one, where the weights bring none.
+        tokenizer: a tokenizer.json, a SentencePiece model, or a folder or hub id with one, where the weights have
+            none.
         packed: on a CPU, whether linear layers are stored as its matrix products read them: up to twice as fast, but
             the towers can then not be trained, moved or saved. Elsewhere nothing is changed.
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from timm.layers import GELUTanh
-from torch import Tensor, nn
+from torch import Tensor
 
 from siglip2.core.data.text import KNOWN_CONTRACTS, TextContract, Tokenizer
 from siglip2.core.interop.published import C4, GEMMA, MC4, known_trunk
 from siglip2.core.interop.timm_trunk import trunk_named
 from siglip2.core.interop.weights import Weights
 from siglip2.core.layout import Patchifier
-from siglip2.core.model.blocks import key_mask
+from siglip2.core.model.blocks import GELUS, key_mask
+from siglip2.core.model.sizes import Gelu
 from siglip2.core.model.two_towers import unit_norm
 from siglip2.plugins.fixed import PROTOCOLS, FixedPatchifier
 from siglip2.prediction.inputs import Picture
@@ -97,7 +97,8 @@ class Cost:
 
 def our_way(model: Model, weights: Weights) -> Way:
     """Returns the way that the weights were trained with."""
-    return Way(model.patchifier, weights.tokenizer.contract if weights.tokenizer else None)
+    exact = frozenset(tower for tower, gelu in weights.gelus.items() if gelu == "exact")
+    return Way(model.patchifier, weights.tokenizer.contract if weights.tokenizer else None, exact)
 
 
 def habits(model: Model, weights: Weights) -> list[Habit]:
@@ -119,15 +120,18 @@ def _gelu(weights: Weights, ours: Way) -> Iterator[Habit]:
     known = known_trunk(weights.vision, patch_size=weights.patch_size, grid=weights.grid, native=weights.native)
     trunk = trunk_named(known.timm) if known else None
     why = f"as timm has {known.timm}" if known else "timm's default: no trunk of this shape is known by name"
-    image = EXACT if trunk is None or not trunk.tanh else TANH
+    image = EXACT if trunk is None or trunk.gelu == "exact" else TANH
     # open_clip's configurations of SigLIP 1 have no act_kwargs
     text = EXACT if weights.vocab_size in (C4, MC4) else TANH
     for library in CONTRACT_OF:
         theirs = (image, text) if library == "open_clip" else (TANH, TANH)
         for tower, name, act in (("image", "vision", theirs[0]), ("text", "text", theirs[1])):
             note = why if library == "open_clip" and tower == "image" else ""
-            changed = replace(ours, exact=frozenset({name}))
-            yield Habit(library, f"GELU of the {tower} tower", tower, TANH, act, changed, note)
+            here = EXACT if name in ours.exact else TANH
+            if library == "transformers" and here == EXACT:
+                note = 'under a released name; hidden_act "gelu" in its configuration, as our exports have it, mends it'
+            changed = replace(ours, exact=ours.exact - {name} if act == TANH else ours.exact | {name})
+            yield Habit(library, f"GELU of the {tower} tower", tower, here, act, changed, note)
 
 
 def _resize(weights: Weights, ours: Way) -> Iterator[Habit]:
@@ -239,7 +243,7 @@ def altogether(library: str, tower: str, found: Sequence[Habit], ours: Way) -> W
             way = Way(
                 there.patchifier if there.patchifier != ours.patchifier else way.patchifier,
                 there.contract if there.contract != ours.contract else way.contract,
-                way.exact | there.exact,
+                way.exact ^ (there.exact ^ ours.exact),
                 there.rows if there.rows != ours.rows else way.rows,
             )
     return way
@@ -248,7 +252,7 @@ def altogether(library: str, tower: str, found: Sequence[Habit], ours: Way) -> W
 @torch.inference_mode()
 def embed_images(model: Model, way: Way, pictures: Sequence[Picture]) -> Tensor:
     """Returns unit-norm embeddings [B, E] of pictures, one way."""
-    with _exact_gelu(model, way):
+    with _gelus(model, way):
         return Model(model.model, way.patchifier, None).encode_image(list(pictures)).cpu()
 
 
@@ -257,7 +261,7 @@ def embed_texts(model: Model, way: Way, texts: Sequence[str]) -> Tensor:
     """Returns unit-norm embeddings [B, E] of texts, one way, in float32."""
     assert way.contract is not None
     tokenizer = Tokenizer(model.tokenizer.file, way.contract)
-    with _exact_gelu(model, way):
+    with _gelus(model, way):
         return torch.cat([_embed_row(model, *_row(tokenizer, text, way.rows)) for text in texts]).cpu()
 
 
@@ -285,14 +289,18 @@ def _embed_row(model: Model, ids: list[int], valid: list[bool] | None) -> Tensor
 
 
 @contextmanager
-def _exact_gelu(model: Model, way: Way) -> Iterator[None]:
-    """The exact GELU in some towers, for as long as the block lasts."""
-    towers = [getattr(model.model, name) for name in sorted(way.exact)]
-    mlps = [m for tower in towers for m in tower.modules() if isinstance(getattr(m, "act", None), GELUTanh)]
+def _gelus(model: Model, way: Way) -> Iterator[None]:
+    """The GELU of a way in both towers, for as long as the block lasts."""
+    mlps: dict[Any, Gelu] = {
+        mlp: "exact" if name in way.exact else "tanh"
+        for name in ("vision", "text")
+        for mlp in getattr(model.model, name).modules()
+        if isinstance(getattr(mlp, "act", None), (*GELUS.values(),))
+    }
     before = [mlp.act for mlp in mlps]
     try:
-        for mlp in mlps:
-            mlp.act = nn.GELU()
+        for mlp, gelu in mlps.items():
+            mlp.act = GELUS[gelu]()
         yield
     finally:
         for mlp, act in zip(mlps, before, strict=True):

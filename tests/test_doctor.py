@@ -16,13 +16,13 @@ from siglip2.core.interop.export import write
 from siglip2.core.interop.weights import assemble, native_pixels, square_pixels
 from siglip2.core.model.sizes import ShapeOptions
 from siglip2.core.model.two_towers import build_two_towers
-from siglip2.libraries import ALONE, BARE, EXACT, Way, embed_images, embed_texts, habits, our_way
+from siglip2.libraries import ALONE, BARE, EXACT, TANH, Way, altogether, embed_images, embed_texts, habits, our_way
 from siglip2.testing import tiny_tokenizer
 
 TEXTS = ["A red disc", "two discs", ""]
 
 
-def released(folder, *, native=False, filter="bilinear"):
+def released(folder, *, native=False, filter="bilinear", gelus=None):
     """A folder of transformers with small random weights."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
@@ -33,7 +33,8 @@ def released(folder, *, native=False, filter="bilinear"):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     pixels = native_pixels(16, 3) if native else square_pixels(48, 16, filter=filter)
-    about = {"heads": {"vision": 4, "text": 4}, "native": native, "pixels": pixels, "tokenizer": tokenizer}
+    about = {"heads": {"vision": 4, "text": 4}, "native": native, "gelus": gelus}
+    about |= {"pixels": pixels, "tokenizer": tokenizer}
     return str(write(assemble("siglip2", model.state_dict(), place="test", **about), "hf", folder, check=False).folder)
 
 
@@ -56,6 +57,18 @@ def test_resize_that_a_library_shares_is_no_difference_and_another_one_costs(tmp
     assert ("transformers", "resize") not in found
     assert found["big_vision", "resize"]["theirs"] == "bilinear, not antialiased, 48 px"
     assert found["open_clip", "GELU of the image tower"]["theirs"] == EXACT
+
+
+def test_exact_gelu_is_a_difference_to_those_that_have_the_tanh_approximation(tmp_path, capsys):
+    found = report(released(tmp_path / "exact", gelus={"vision": "exact", "text": "tanh"}), capsys)
+    for library in ("transformers", "big_vision"):
+        line = named(found)[library, "GELU of the image tower"]
+        assert (line["ours"], line["theirs"]) == (EXACT, TANH)
+        assert 0.99 < line["cosine"]["worst"] < 1
+        assert line["cosine"]["changed"] == 1
+    same = {(line["library"], line["part"]) for line in found["same"]}
+    assert ("open_clip", "GELU of the image tower") in same  # timm's default is the exact one, too
+    assert ("transformers", "GELU of the text tower") in same
 
 
 def test_naflex_pictures_are_made_alike_by_transformers_and_its_bare_tokenizer_is_named(tmp_path, capsys):
@@ -82,7 +95,7 @@ def test_table_names_every_difference(tmp_path, capsys, monkeypatch):
     path = released(tmp_path / "weights")
     main(["doctor", path])
     printed = capsys.readouterr().out
-    model = load(path)
+    model = load(path, packed=False)
     for habit in habits(model, read_weights(path)):
         if habit.differs:
             assert habit.part in printed
@@ -94,7 +107,7 @@ def test_table_names_every_difference(tmp_path, capsys, monkeypatch):
 def loaded(tmp_path):
     """Folder, model and its own way."""
     path = released(tmp_path / "weights")
-    model = load(path, "cpu")
+    model = load(path, "cpu", packed=False)
     return path, model, our_way(model, read_weights(path))
 
 
@@ -118,6 +131,19 @@ def test_exact_gelu_is_what_transformers_computes_with_gelu_in_its_configuration
     torch.testing.assert_close(embed_images(model, exact, list(pixels.numpy())), images, atol=1e-5, rtol=0)
     assert (found - before).abs().max() > 2e-5
     assert torch.equal(embed_texts(model, ours, TEXTS), before)  # and the towers are as they were
+
+
+def test_way_with_the_tanh_gelu_is_taken_by_towers_that_have_the_exact_one(loaded, tmp_path):
+    _, tanh_model, tanh = loaded
+    path = released(tmp_path / "exact", gelus={"vision": "exact", "text": "exact"})
+    model = load(path, "cpu", packed=False)
+    ours = our_way(model, read_weights(path))
+    assert ours.exact == {"vision", "text"}
+    expected = embed_texts(tanh_model, tanh, TEXTS)
+    assert torch.equal(embed_texts(model, replace(ours, exact=frozenset()), TEXTS), expected)
+    assert (embed_texts(model, ours, TEXTS) - expected).abs().max() > 2e-5
+    towers = altogether("transformers", "text", habits(model, read_weights(path)), ours)
+    assert towers.exact == {"vision"}
 
 
 @pytest.mark.parametrize("rows", [ALONE, BARE])

@@ -4,14 +4,17 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from siglip2.api import load
 from siglip2.cli.exporting import export_to
 from siglip2.cli.main import main
 from siglip2.cli.training import fit
+from siglip2.core.checkpoint import read_checkpoint
 from siglip2.core.interop.detect import read_weights
 from siglip2.core.interop.export import write
 from siglip2.core.interop.graphs import DESCRIPTION, image_inputs
@@ -143,6 +146,27 @@ def test_checkpoint_of_ours_is_exported_without_its_plugins(quick_checkpoint, tm
     assert all(torch.equal(tensor, after.state[name]) for name, tensor in before.state.items())
 
 
+@pytest.mark.parametrize("command", [["export", "--to", "hf"], ["export", "--to", "onnx"], ["doctor"]])
+def test_tower_of_timm_is_neither_exported_nor_doctored_and_the_error_says_what_to_do(
+    quick_checkpoint, tmp_path, capsys, monkeypatch, command
+):
+    monkeypatch.setenv("COLUMNS", "1000")
+    checkpoint = read_checkpoint(str(quick_checkpoint))
+    checkpoint["siglip2"]["recipe"]["model"]["timm"] = "vit_tiny_patch16_224"
+    torch.save(checkpoint, tmp_path / "timm.ckpt")
+    out = ["--out", str(tmp_path / "out")] if command[0] == "export" else []
+    with pytest.raises(SystemExit):
+        main([command[0], str(tmp_path / "timm.ckpt"), *command[1:], *out])
+    said = capsys.readouterr().err
+    assert (
+        "a vision tower of timm's own (vit_tiny_patch16_224), and only SigLIP towers can be exported or doctored"
+        in said
+    )
+    assert "siglip2.load, predict and embed take it as it is" in said
+    assert "timm.create_model('vit_tiny_patch16_224', num_classes=0)" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_taken_folder_is_refused_and_an_earlier_export_replaced_only_when_asked(square, tmp_path):
     out = tmp_path / "out"
     export_to(str(square), "big_vision", out, check=False)
@@ -182,3 +206,21 @@ def test_onnx_without_its_writers_says_what_to_install(square, tmp_path, monkeyp
     monkeypatch.setattr("siglip2.core.interop.onnx.WRITERS", ("onnx_that_nobody_has",))
     with pytest.raises(ValueError, match="pip install onnx_that_nobody_has"):
         export_to(str(square), "onnx", tmp_path / "out")
+
+
+def test_run_with_the_exact_gelu_keeps_it_in_checkpoint_model_graph_and_export(tiny_recipe, tmp_path):
+    exact = [f"--model.{tower}.gelu=exact" for tower in ("vision", "text")]
+    fit([*tiny_recipe, "--report=false", "--trainer.max_steps=5", *exact])
+    path = str(tmp_path / "step=5.ckpt")
+    weights = read_weights(path)
+    assert weights.gelus == {"vision": "exact", "text": "exact"}
+    inputs, model = random_inputs(weights), load(path, "cpu").model
+    expected = weights.towers().encode_text(inputs.ids).embedding
+    tanh = replace(weights, text=replace(weights.text, gelu="tanh")).towers().encode_text(inputs.ids).embedding
+    found = model.encode_text(inputs.ids).embedding
+    assert (found - expected).abs().max() < 1e-6
+    assert (found - tanh).abs().max() > 1e-5
+    for format in ("hf", "torch_export"):
+        done = export_to(path, format, tmp_path / format)
+        assert done.parity.largest <= 1e-5
+    assert read_weights(str(tmp_path / "hf")).gelus == weights.gelus

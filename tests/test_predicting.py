@@ -6,10 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import siglip2
 from siglip2.cli.main import main
+from siglip2.core.data.embedding_file import EmbeddingFile
 from siglip2.core.interop.export import write
 from siglip2.core.interop.weights import assemble, native_pixels
 from siglip2.prediction import files
@@ -85,6 +87,16 @@ def test_shards_without_texts_give_embeddings_from_loader_processes(ran, weights
     lines = [json.loads(line) for line in (tmp_path / "found.npy.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == [f"{i:04d}" for i in range(16)]
     assert [line["where"].rpartition("/")[2] for line in lines] == ["00000.tar"] * 8 + ["00001.tar"] * 8
+
+
+def test_rows_of_embed_give_the_probabilities_of_predict_shard_by_shard(ran, weights, toy_shards, tmp_path):
+    ran("--images", toy_shards, "--texts", *TEXTS, "--out", tmp_path / "found.npy", "--num-workers", "0")
+    main(["embed", str(weights), str(toy_shards), "--name", "x", "--only", "image", "--out", str(tmp_path / "z")])
+    model = siglip2.load(weights, device="cpu")
+    embedded = [EmbeddingFile(str(path)) for path in sorted((tmp_path / "z").glob("*.safetensors"))]
+    rows = torch.cat([file.all_rows("image").float() for file in embedded])
+    found = model.probabilities(rows, model.encode_labels(TEXTS))
+    assert np.allclose(np.load(tmp_path / "found.npy"), found.numpy(), atol=1e-3)  # stored in half precision
 
 
 @pytest.mark.parametrize("texts", [TEXTS, []], ids=["texts", "embeddings"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from siglip2.core.interop import export, onnx, torch_export
-from siglip2.core.interop.contracts import CONTRACT_FILE, write_contract
+from siglip2.core.interop.contracts import CONTRACT_FILE
 from siglip2.core.interop.detect import read_weights
 from siglip2.core.interop.export import TARGETS, Target, Written
 from siglip2.core.interop.parity import Parity
@@ -99,17 +99,10 @@ def export_to(path: str, format: str, out: str | Path, *, overwrite: bool = Fals
 
 
 def _write(weights: Weights, format: str, folder: Path, *, check: bool) -> Written:
-    if format in TARGETS:
+    if format not in RUNTIMES:
         return export.write(weights, format, folder, check=check)
-    folder.mkdir()
     runtime = RUNTIMES[format]
-    notes = [*weights.notes, *runtime.target.write(weights, folder)]
-    write_contract(folder, weights)
-    parity = runtime.parity(weights, folder) if check else None
-    load = runtime.target.load.format(folder=folder)
-    (folder / "README.md").write_text(export.card(weights, runtime.target, parity, notes, load), encoding="utf-8")
-    files = tuple(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
-    return Written(folder, files, parity, tuple(notes), load)
+    return export.write_target(weights, runtime.target, folder, check=runtime.parity if check else None)
 
 
 def _refuse_taken(folder: Path, *, overwrite: bool) -> None:

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Where image, caption, label and regions are found, as in data.train.fields, e.g. caption=json.captions. "
         "Any other NAME is one more field of captions, e.g. synthetic=json.synthetic.",
     )
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or SentencePiece model, for lengths in tokens.")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json, SentencePiece model or hub id, for lengths in tokens."
+    )
     parser.add_argument("--length", type=int, default=64, help="Ids of the text tower, the end token included.")
     parser.add_argument("--limit", type=int, metavar="N", help="Read the first N samples of each DATA.")
     parser.add_argument("--sample", type=int, metavar="SEED", help="Draw the N samples of --limit with this seed.")

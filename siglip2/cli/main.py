@@ -24,7 +24,7 @@ COMMANDS = {
     ("annotate",): ("siglip2.cli.annotating", "write shards again with pseudo-boxes for locca"),
     ("inspect",): ("siglip2.cli.inspecting", "look into a data set: languages, lengths, copies, sizes, faults"),
     ("balance",): ("siglip2.cli.balancing", "write example weights that take bias out of a data set"),
-    ("soup",): ("siglip2.cli.soup", "interpolate the weights of two checkpoints"),
+    ("soup",): ("siglip2.cli.soup", "interpolate the weights of two models"),
     ("export",): ("siglip2.cli.exporting", "write a model for transformers, open_clip, timm, big_vision, ONNX, torch"),
     ("doctor",): ("siglip2.cli.doctor", "what other libraries would do otherwise with a model, and what it costs"),
     ("tokenizer", "train"): ("siglip2.cli.tokenizer", "train a tokenizer on the captions of a data set"),

@@ -31,7 +31,10 @@ from siglip2.prediction.pictures import Span, Spans, open_pictures
 
 log = logging.getLogger(__name__)
 
-OUT = "Write all predictions to a .parquet or .npy file instead: pictures, folders, shards, tables, any number of them."
+OUT = (
+    "Write all predictions to a .parquet or .npy file instead: pictures, folders, shards, tables, any number of them. "
+    "A killed run starts again from the beginning: for large jobs there is `siglip2 embed`, which goes on."
+)
 EXPLAIN = "Show the grid that each picture is resized to instead; with a folder, also draw it there."
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMED = 20  # failures that the log names before they are only counted

@@ -206,7 +206,7 @@ def test_without_its_trunk_folder_open_clip_would_compute_an_exact_gelu(make_wei
             weights.vision_tower()(inputs.images).pooled
         )
     assert apart.abs().max() > TOLERANCE
-    assert any("exact GELU in the vision tower" in note for note in read_weights(str(folder)).notes)
+    assert any("the vision tower has the exact GELU" in note for note in read_weights(str(folder)).notes)
 
 
 @KINDS

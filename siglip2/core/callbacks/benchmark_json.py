@@ -22,7 +22,8 @@ def as_clip_benchmark(row: ZeroShotRow | RetrievalRow, *, model: str, pretrained
         pretrained: name of its weights.
     """
     if isinstance(row, ZeroShotRow):
-        task, metrics = "zeroshot_classification", {"acc1": row.top1, "acc5": row.top5}
+        task, recall = "zeroshot_classification", row.mean_per_class_recall
+        metrics = {"acc1": row.top1, "acc5": row.top5, "mean_per_class_recall": recall}
     else:
         task = "zeroshot_retrieval"
         ways = {"image": row.text_to_image, "text": row.image_to_text}

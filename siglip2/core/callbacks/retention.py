@@ -14,37 +14,10 @@ from rich.table import Table
 
 from siglip2.core.callbacks.retrieval import Retrieval
 from siglip2.core.callbacks.zero_shot import ZeroShot
+from siglip2.core.report.data import GAIN, RETAINED, RetentionRow
 
 log = logging.getLogger(__name__)
-GAIN, RETAINED = "gain", "retained"
 KEPT = "kept"  # what the name of a set begins with that shows what is to be retained
-
-
-@dataclass(frozen=True)
-class Kept:
-    """One score before and after a fine-tune.
-
-    Args:
-        dataset: name of the evaluation set.
-        language: of its texts.
-        measure: what was measured, a share in [0, 1].
-        kind: `retained` for what the model is to keep, `gain` for what it is to learn.
-        before: score of the weights that the run started from.
-        after: score of the last weights that were evaluated.
-    """
-
-    dataset: str
-    language: str
-    measure: str
-    kind: str
-    before: float
-    after: float
-
-    @property
-    def change(self) -> float:
-        """after - before."""
-        return self.after - self.before
-
 
 Score = dict[tuple[str, str, str], float]
 
@@ -62,18 +35,18 @@ def scores_of(callbacks: Iterable[Any]) -> Score:
     return scores
 
 
-def compare(before: Score, after: Score, retained: Sequence[str] | None = None) -> list[Kept]:
+def compare(before: Score, after: Score, retained: Sequence[str] | None = None) -> list[RetentionRow]:
     """Returns a row for every score that was measured both times: what is to be learned, then what is to be kept."""
     kept = {d for d, *_ in after if (d.startswith(KEPT) if retained is None else d in retained)}
     rows = [
-        Kept(*key, RETAINED if key[0] in kept else GAIN, before[key], score)
+        RetentionRow(*key, RETAINED if key[0] in kept else GAIN, before[key], score)
         for key, score in after.items()
         if key in before
     ]
     return sorted(rows, key=lambda row: row.kind == RETAINED)
 
 
-def table_of(rows: Iterable[Kept]) -> Table:
+def table_of(rows: Iterable[RetentionRow]) -> Table:
     """Returns the rows as a table for the terminal."""
     table = Table(title="Gained and retained", title_justify="left")
     for name in ("", "set", "language", "measure"):
@@ -97,7 +70,7 @@ class Retention(Callback):
 
     The scores before come from Lightning's sanity check, which runs over the whole sets with
     `trainer.num_sanity_val_steps: -1`. The table goes to the terminal and, as `retention.json`, into
-    `trainer.default_root_dir`, where it is brought up to date with every validation.
+    `trainer.default_root_dir`, where it is brought up to date with every validation; the report has it, too.
 
     Args:
         retained: names of the zero-shot and retrieval sets that show what the model could do before and is to keep;
@@ -111,7 +84,7 @@ class Retention(Callback):
         self.retained, self.scores = retained, _Both()
 
     @property
-    def rows(self) -> list[Kept]:
+    def rows(self) -> list[RetentionRow]:
         """One for every score that was measured before and after."""
         return compare(self.scores.before, self.scores.after, self.retained)
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from siglip2.core.callbacks.examples import box_examples, caption_examples, picture_examples, text_examples
 from siglip2.core.callbacks.faults import FaultCounter
 from siglip2.core.callbacks.referring import Referring, grounder_of
+from siglip2.core.callbacks.retention import Retention
 from siglip2.core.callbacks.retrieval import Retrieval
 from siglip2.core.callbacks.zero_shot import ENGLISH, ZeroShot
 from siglip2.core.data.datamodule import caption_name
@@ -92,6 +93,12 @@ class RunRecord(Callback):
             subtitle="What this run learned, on pictures and captions it was not trained on.",
             facts=self._facts(trainer, module),
             curves=self._curves(),
+            retention=[
+                row
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
+                if isinstance(callback, Retention)
+                for row in callback.rows
+            ],
             zero_shot=list(self.zero_shot.rows),
             retrieval=list(self.retrieval.rows),
             referring=list(self.referring.rows),

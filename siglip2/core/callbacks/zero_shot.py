@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import SumMetric
+from torchmetrics import Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from siglip2.core.batch import Batch
@@ -99,13 +99,47 @@ def class_vectors(
     return unit_norm(torch.cat(parts).unflatten(0, (len(names), len(templates))).mean(1))
 
 
+class MeanRecall(Metric):
+    """Mean over the classes that have images of the share of their images that is classified right.
+
+    This is scikit-learn's balanced accuracy, which CLIP_benchmark calls mean_per_class_recall. The macro recall of
+    torchmetrics also counts, as 0, a class without images once it is predicted, and needs K^2 numbers in each batch.
+
+    Args:
+        num_classes: K.
+    """
+
+    right_K: Tensor
+    seen_K: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        for name in ("right_K", "seen_K"):
+            self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, scores_BK: Tensor, label_B: Tensor) -> None:
+        """Counts images; those with label -1 are none."""
+        real_B, class_B = label_B >= 0, label_B.clamp(min=0)
+        right_B = real_B & (scores_BK.argmax(1) == label_B)
+        self.seen_K.index_add_(0, class_B, real_B.long())
+        self.right_K.index_add_(0, class_B, right_B.long())
+
+    def compute(self) -> Tensor:
+        """Returns a share in [0, 1]; 0 without images."""
+        recall_K = self.right_K / self.seen_K.clamp(min=1)
+        return recall_K.sum() / (self.seen_K > 0).sum().clamp(min=1)
+
+
 class ZeroShot(Evaluation):
-    """Top-1 and top-5 of every zero-shot set in every language, logged as `zero_shot/<set>/<language>/top1`."""
+    """Top-1, top-5 and mean recall over classes of every zero-shot set in every language.
+
+    They are logged as `zero_shot/<set>/<language>/top1`, `.../top5` and `.../mean_per_class_recall`.
+    """
 
     def __init__(self) -> None:
         self.rows: list[ZeroShotRow] = []
         self._vectors: dict[tuple[str, str], Tensor] = {}
-        self._metrics: dict[tuple[str, str], dict[int, MulticlassAccuracy]] = {}
+        self._metrics: dict[tuple[str, str], dict[str, Metric]] = {}
         self._seen: dict[str, SumMetric] = {}
 
     def begin(self, module: Any, data: Any) -> None:
@@ -115,9 +149,12 @@ class ZeroShot(Evaluation):
         for dataset, settings in sets.items():
             for language, names in read_classes(settings.classes, settings.languages).items():
                 self._vectors[dataset, language] = class_vectors(module, names, settings.templates)
-                self._metrics[dataset, language] = {
-                    k: _accuracy(len(names), k).to(module.device) for k in (1, min(5, len(names)))
+                metrics = {
+                    "top1": _accuracy(len(names), 1),
+                    "top5": _accuracy(len(names), min(5, len(names))),
+                    "mean_per_class_recall": MeanRecall(len(names)),
                 }
+                self._metrics[dataset, language] = {n: metric.to(module.device) for n, metric in metrics.items()}
 
     def update(self, dataset: str, embedded: dict[str, Tensor], batch: Batch) -> None:
         if dataset in self._seen:
@@ -132,27 +169,24 @@ class ZeroShot(Evaluation):
     def finish(self) -> dict[str, float]:
         seen = {dataset: int(metric.compute()) for dataset, metric in self._seen.items()}
         self.rows = [self._row(dataset, language, seen[dataset]) for dataset, language in self._metrics]
-        scores = {}
+        scores: dict[str, float] = {}
         for row in self.rows:
-            scores[f"zero_shot/{row.dataset}/{row.language}/top1"] = row.top1
-            scores[f"zero_shot/{row.dataset}/{row.language}/top5"] = row.top5
+            measured = self._metrics[row.dataset, row.language]
+            scores |= {f"zero_shot/{row.dataset}/{row.language}/{name}": getattr(row, name) for name in measured}
         for dataset in {row.dataset: None for row in self.rows}:
             top1 = [row.top1 for row in self.rows if row.dataset == dataset]
             scores[f"zero_shot/{dataset}/mean/top1"] = sum(top1) / len(top1)
         return scores
 
     def _row(self, dataset: str, language: str, num_images: int) -> ZeroShotRow:
-        metrics = self._metrics[dataset, language]
-        top1, top5 = metrics[1], metrics[max(metrics)]
         classes = self._vectors[dataset, language].shape[0]
         return ZeroShotRow(
             dataset=dataset,
             language=language,
             num_images=num_images,
             num_classes=classes,
-            top1=float(top1.compute()),
-            top5=float(top5.compute()),
             chance=1 / classes,
+            **{name: float(metric.compute()) for name, metric in self._metrics[dataset, language].items()},
         )
 
 

@@ -54,7 +54,8 @@ class SigLIP2Data(LightningDataModule):
 
     Args:
         plugins: the plugins of the recipe: they decide which views are made.
-        tokenizer: a tokenizer.json, a SentencePiece model, a folder that holds one, or a checkpoint to take it from.
+        tokenizer: a tokenizer.json, a SentencePiece model, a folder or hub id with one, or a checkpoint to take it
+            from.
         text: how captions become ids.
         train: what is trained on.
         zero_shot: labelled sets, by name, evaluated by the zero-shot callback.

@@ -22,6 +22,7 @@ from tokenizers import Regex, normalizers, processors
 from tokenizers import Tokenizer as JsonTokenizer
 from torch import Tensor
 
+from siglip2.core.data.piece_model import converted
 from siglip2.core.data.text_contract import KNOWN_CONTRACTS, TextContract, canonicalize_text
 from siglip2.core.data.vocabulary import Vocabulary, find_tokenizer_file, read_vocabulary
 
@@ -80,7 +81,7 @@ class Tokenizer:
         """Reads a tokenizer file and completes the contract with the ids found in it.
 
         Args:
-            path: a Hugging Face `tokenizer.json`, a SentencePiece `.model`, or a folder with one of them.
+            path: a Hugging Face `tokenizer.json`, a SentencePiece `.model`, a folder with one of them, or a hub id.
             length: ids per caption.
             lowercase: lowercase captions first.
             lowercase_ascii_only: lowercase only A to Z, as big_vision does.
@@ -92,7 +93,8 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: if there is no such file, or no tokenizer in the folder.
-            ValueError: if the file is not a tokenizer, or has no padding or end id and none is given.
+            ValueError: if the file is not a tokenizer, or has no padding or end id and none is given; or a hub id
+                cannot be downloaded.
             ImportError: if the file is a SentencePiece model and `sentencepiece` is not installed.
         """
         path = find_tokenizer_file(path)
@@ -182,14 +184,15 @@ class Tokenizer:
 
         For other programs: whoever loads it gets the trained ids without knowing the contract. Two things
         cannot be written into such a file: the Greek final sigma of `str.lower` (it lowercases letter by
-        letter), and that captions which spell a special token are plain text.
+        letter), and that captions which spell a special token are plain text. A SentencePiece model is
+        converted; what that changes is said by `piece_model.limits`.
 
         Raises:
-            ValueError: if the vocabulary is a SentencePiece model.
+            ValueError: if the vocabulary is a SentencePiece model that cannot be converted.
+            ImportError: if it is one, and `sentencepiece` or `protobuf` is not installed.
         """
-        if isinstance(self.file, bytes):
-            raise ValueError("a SentencePiece model has no tokenizer.json; load the tokenizer.json of the same model")
-        backend, contract = JsonTokenizer.from_str(self.file), self.contract
+        contract, file = self.contract, self.file
+        backend = JsonTokenizer.from_str(file) if isinstance(file, str) else converted(file, contract.clean)
         steps = _cleaning_steps(contract) + ([backend.normalizer] if backend.normalizer else [])
         backend.normalizer = normalizers.Sequence(steps)
         eos, pad = backend.id_to_token(contract.eos_id), backend.id_to_token(contract.pad_id)

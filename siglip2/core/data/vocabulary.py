@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from tokenizers import Tokenizer as JsonTokenizer
 
+from siglip2.core.data.hub import download, is_hub_id
+
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
@@ -100,12 +102,17 @@ def read_vocabulary(file: str | bytes) -> Vocabulary:
 
 
 def find_tokenizer_file(path: str | Path) -> Path:
-    """Returns the tokenizer file itself, given that file or a folder that holds one.
+    """Returns the tokenizer file itself, given that file, a folder that holds one, or a hub id.
+
+    Args:
+        path: of the file or folder, which touches no network; or `owner/name` at the Hugging Face hub, of which the
+            tokenizer alone is downloaded.
 
     Raises:
         FileNotFoundError: if there is none; the message says what was looked for and how to get one.
+        ValueError: if it is a hub id, and cannot be downloaded.
     """
-    path = Path(path).expanduser()
+    path = download(str(path), FILE_NAMES) if is_hub_id(str(path)) else Path(path).expanduser()
     candidates = [path / name for name in FILE_NAMES] if path.is_dir() else [path]
     for candidate in candidates:
         if candidate.is_file():

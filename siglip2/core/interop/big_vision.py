@@ -22,6 +22,9 @@ from siglip2.core.interop.weights import NO_HEAD, Weights, assemble, identity_he
 PREFIX, LAYERS, LAYER = "params/", "/encoderblock/", "/encoderblock_"
 ATTENTION = "MultiHeadDotProductAttention_0"
 KERNEL, HEAD = "img/embedding/kernel", "txt/head"
+TANH_ALONE = (
+    "the {} tower was trained with the exact GELU, and big_vision has its tanh approximation alone: about 1e-4 away"
+)
 
 
 def _patch_kernel(weight_DP: Tensor) -> Tensor:
@@ -139,10 +142,11 @@ def read(arrays: Mapping[str, Tensor], place: str, folder: Path | None = None) -
     found: dict[str, Any] = {
         "pixels": native_pixels(sizes.patch_size, sizes.grid[0]) if native else None,
         "tokenizer": None,
+        "gelus": read_contract(folder).get("gelu") if folder else None,  # which big_vision itself does not have
     }
     if folder is not None and (pixels := read_contract(folder).get("pixels")):
         tokenizer, about = read_tokenizer_files(folder, rows=sizes.vocab_size, length=sizes.context_length)
-        found, notes = {"pixels": pixels, "tokenizer": tokenizer}, (*notes[1:], *about)
+        found, notes = {**found, "pixels": pixels, "tokenizer": tokenizer}, (*notes[1:], *about)
     return assemble("big_vision", state, place=place, heads=heads, native=native, notes=notes, **found)
 
 
@@ -165,11 +169,12 @@ def write(weights: Weights, folder: Path) -> list[str]:
         ValueError: if there is no text tower, or the position table is no square.
     """
     write_npz(folder / "model.npz", arrays_of(weights))
+    notes = [TANH_ALONE.format(tower) for tower, gelu in weights.gelus.items() if gelu == "exact"]
     if weights.tokenizer is None:
-        return ["there is no tokenizer"]
+        return [*notes, "there is no tokenizer"]
     file = weights.tokenizer.file
     if isinstance(file, bytes):
         (folder / "tokenizer.model").write_bytes(file)
     else:
         (folder / "tokenizer.json").write_text(file, encoding="utf-8")
-    return []
+    return notes

@@ -1,5 +1,6 @@
 """Text and pixel contract in files: in ours, beside every export, and in the tokenizer files of transformers."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as JsonTokenizer
 
+from siglip2.core.data.piece_model import limits
 from siglip2.core.data.text import EOS_NAMES, PAD_NAMES, TextContract, Tokenizer, find_tokenizer_file
 from siglip2.core.data.vocabulary import read_vocabulary
 from siglip2.core.interop.files import read_json, write_json
@@ -21,9 +23,9 @@ CANONICAL = ("SiglipTokenizer", "SiglipTokenizerFast")  # which strips punctuati
 
 
 def write_contract(folder: Path, weights: Weights) -> None:
-    """Writes both contracts as plain values; no other library reads that file."""
+    """Writes both contracts and the GELU of each tower as plain values; no other library reads that file."""
     text = weights.tokenizer.contract.to_dict() if weights.tokenizer else None
-    write_json(folder / CONTRACT_FILE, {"text": text, "pixels": weights.pixels})
+    write_json(folder / CONTRACT_FILE, {"text": text, "pixels": weights.pixels, "gelu": weights.gelus})
 
 
 def read_contract(folder: Path) -> dict[str, Any]:
@@ -101,7 +103,8 @@ def write_tokenizer_files(
 ) -> list[str]:
     """Writes tokenizer files that give the trained ids to those who load them with `AutoTokenizer`; returns notes.
 
-    The whole contract is in `tokenizer.json`. `padding`, `truncation` and `max_length` in `tokenizer_config.json` are
+    The whole contract is in `tokenizer.json`, into which a SentencePiece model is converted; one that cannot be is
+    copied, and the note says why. `padding`, `truncation` and `max_length` in `tokenizer_config.json` are
     what a processor of transformers hands to the tokenizer unless the caller says otherwise: without them
     `SiglipProcessor` would pad nothing.
 
@@ -111,11 +114,15 @@ def write_tokenizer_files(
         processor: the class that transformers should load beside it.
         images: what that processor is to tell its image processor, where its class says something else.
     """
-    contract = tokenizer.contract
-    if isinstance(tokenizer.file, bytes):
+    contract, notes = tokenizer.contract, []
+    try:
+        built_in = tokenizer.to_tokenizer_json()
+        notes += [] if isinstance(tokenizer.file, str) else limits(tokenizer.file)
+    except (ValueError, ImportError) as error:
+        if isinstance(tokenizer.file, str):
+            raise
         (folder / "tokenizer.model").write_bytes(tokenizer.file)
-        return ["the tokenizer is a SentencePiece model, copied as tokenizer.model: transformers will not load it"]
-    built_in = tokenizer.to_tokenizer_json()
+        return [f"{error}; it was copied as tokenizer.model, which transformers will not load"]
     (folder / "tokenizer.json").write_text(built_in, encoding="utf-8")
     backend = JsonTokenizer.from_str(built_in)
     special = {"pad_token": backend.id_to_token(contract.pad_id), "eos_token": backend.id_to_token(contract.eos_id)}
@@ -139,7 +146,17 @@ def write_tokenizer_files(
     }
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "special_tokens_map.json", special)
-    return []
+    return notes
+
+
+def is_plain_bpe(folder: Path) -> bool:
+    """Says whether the `tokenizer.json` of a folder has merges, and its vocabulary no normalisation of its own.
+
+    Only such a vocabulary survives the tokenizer class that transformers has for siglip2.
+    """
+    content = read_json(folder / "tokenizer.json")
+    steps = json.dumps(content.get("normalizer"))
+    return content["model"]["type"] == "BPE" and not any(f'"{step}"' in steps for step in ("Precompiled", "Prepend"))
 
 
 def same_vocabulary(one: Tokenizer, other: Tokenizer) -> bool:
@@ -147,8 +164,12 @@ def same_vocabulary(one: Tokenizer, other: Tokenizer) -> bool:
 
     An export has the contract built into its tokenizer file, so the files of equal tokenizers may differ.
     """
-    if isinstance(one.file, str) and isinstance(other.file, str):
-        first, second = (JsonTokenizer.from_str(t.file) for t in (one, other))  # type: ignore[arg-type]
-        same = first.get_vocab(with_added_tokens=True) == second.get_vocab(with_added_tokens=True)
-        return same and first.model.__getstate__() == second.model.__getstate__()
-    return one.file == other.file
+    if one.file == other.file:
+        return True
+    try:  # of a SentencePiece model what an export makes of it
+        files = [t.file if isinstance(t.file, str) else t.to_tokenizer_json() for t in (one, other)]
+    except (ValueError, ImportError):
+        return False
+    first, second = map(JsonTokenizer.from_str, files)
+    same = first.get_vocab(with_added_tokens=True) == second.get_vocab(with_added_tokens=True)
+    return same and first.model.__getstate__() == second.model.__getstate__()

@@ -1,11 +1,11 @@
 """Weights from a path or a hub id, of whatever format is there."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from siglip2.core.checkpoint import read_checkpoint
+from siglip2.core.data.hub import download, is_hub_id
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.interop import big_vision, huggingface, open_clip, timm_trunk
 from siglip2.core.interop.contracts import CONTRACT_FILE
@@ -31,14 +31,6 @@ def is_foreign(path: str) -> bool:
     return place.is_dir() or place.suffix in FOREIGN or is_hub_id(path)
 
 
-def is_hub_id(text: str) -> bool:
-    """Says whether this is `owner/name` and nothing local: neither that path nor a folder of the owner's name."""
-    text = text.removeprefix("hf-hub:")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) or text.endswith((*FOREIGN, OURS)):
-        return False
-    return not Path(text).exists() and not Path(text.partition("/")[0]).is_dir()
-
-
 def read_weights(path_or_id: str) -> Weights:
     """Returns the weights at a path or hub id, with their contracts. A local path touches no network.
 
@@ -53,7 +45,7 @@ def read_weights(path_or_id: str) -> Weights:
             plain values, which is never executed; or the hub cannot be read.
     """
     if is_hub_id(path_or_id):
-        return read_folder(from_hub(path_or_id.removeprefix("hf-hub:")))
+        return read_folder(from_hub(path_or_id))
     place = Path(path_or_id.removeprefix("local-dir:")).expanduser()
     if "://" in path_or_id or place.suffix == OURS:
         return of_checkpoint(read_checkpoint(path_or_id), path_or_id)
@@ -70,19 +62,8 @@ def from_hub(name: str) -> Path:
     Raises:
         ValueError: if the hub cannot be reached, or has no such repository.
     """
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=SMALL))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=SMALL + LARGE))
-    except Exception as error:  # offline, absent, private: the hub's client has a class for each, and so have sockets
-        raise ValueError(
-            f"'{name}' is no local path, and as a hub id it could not be downloaded ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}). Without a network, download it "
-            f"elsewhere and give its folder"
-        ) from error
-    return folder
+    folder = download(name, SMALL)
+    return folder if any(folder.glob("*.safetensors")) else download(name, SMALL + LARGE)
 
 
 def read_folder(folder: Path) -> Weights:
@@ -151,8 +132,10 @@ def of_checkpoint(checkpoint: Mapping[str, Any], place: str) -> Weights:
         raise ValueError(f"{place} does not carry its recipe, so nothing says how many attention heads it has")
     if model.get("timm"):
         raise ValueError(
-            f"{place} has a vision tower of timm's own ({model['timm']}), which is no SigLIP trunk: only our own "
-            f"towers can be taken to other libraries"
+            f"{place} has a vision tower of timm's own ({model['timm']}), and only SigLIP towers can be exported or "
+            f"doctored. siglip2.load, predict and embed take it as it is; for other programs it is "
+            f"timm.create_model('{model['timm']}', num_classes=0) with the tensors under model.vision.trunk, and with "
+            f"the img_size of the run"
         )
     size, pixels = size_named(model["size"]), ours["pixels"]
     vision = ShapeOptions(**(model.get("vision") or {})).applied_to(size.vision)
@@ -166,6 +149,7 @@ def of_checkpoint(checkpoint: Mapping[str, Any], place: str) -> Weights:
         place=place,
         heads={"vision": vision.num_heads, "text": text.num_heads},
         native="table" in pixels,
+        gelus={"vision": vision.gelu, "text": text.gelu},
         pixels=pixels,
         tokenizer=Tokenizer.from_state(ours["text"]),
         notes=notes,

@@ -11,6 +11,7 @@ from siglip2.core.interop.contracts import write_contract
 from siglip2.core.interop.parity import CHECKS, Parity
 from siglip2.core.interop.published import known_trunk
 from siglip2.core.interop.weights import Weights
+from siglip2.core.model.sizes import Shape
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,30 @@ def write(weights: Weights, format: str, out: str | Path, *, check: bool = True)
         close = difflib.get_close_matches(format, TARGETS, n=1, cutoff=0.4)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise ValueError(f"no format called '{format}', {hint}expected one of {', '.join(TARGETS)}")
-    folder, target = Path(out).expanduser(), TARGETS[format]
+    return write_target(weights, TARGETS[format], out, check=CHECKS[format] if check else None)
+
+
+def write_target(
+    weights: Weights, target: Target, out: str | Path, *, check: Callable[[Weights, Path], Parity | None] | None
+) -> Written:
+    """Writes weights as a target has them, our contracts and a model card.
+
+    Args:
+        weights: of any origin.
+        target: how its files are written and loaded.
+        out: folder to write, made if it does not exist.
+        check: compares what was written with our towers; None does not.
+
+    Raises:
+        ValueError: if the folder is not empty, or the target has no such model.
+    """
+    folder = Path(out).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: give one of its own to each export")
     folder.mkdir(parents=True, exist_ok=True)
     notes = [*weights.notes, *target.write(weights, folder)]
     write_contract(folder, weights)
-    parity = CHECKS[format](weights, folder) if check else None
+    parity = check(weights, folder) if check else None
     load = target.load.format(folder=folder)
     (folder / "README.md").write_text(card(weights, target, parity, notes, load), encoding="utf-8")
     files = tuple(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
@@ -104,12 +122,12 @@ def card(weights: Weights, target: Target, parity: Parity | None, notes: list[st
     vision, text = weights.vision, weights.text
     known = known_trunk(vision, patch_size=weights.patch_size, grid=weights.grid, native=weights.native)
     rows = {
-        "vision tower": f"width {vision.width}, depth {vision.depth}, MLP {vision.mlp_dim}, heads {vision.num_heads}",
+        "vision tower": _said(vision),
         "patches": f"{weights.patch_size} px, position table {weights.grid[0]} x {weights.grid[1]}",
         "pictures": "keep their aspect ratio (NaFlex)" if weights.native else f"squares of {weights.image_size} px",
     }
     if text is not None:
-        rows["text tower"] = f"width {text.width}, depth {text.depth}, MLP {text.mlp_dim}, heads {text.num_heads}"
+        rows["text tower"] = _said(text)
         rows["texts"] = f"{weights.context_length} ids of {weights.vocab_size}"
     contract = weights.tokenizer.contract.to_dict() if weights.tokenizer else None
     checked = (
@@ -153,6 +171,11 @@ def card(weights: Weights, target: Target, parity: Parity | None, notes: list[st
         "",
     ]
     return "\n".join(lines)
+
+
+def _said(shape: Shape) -> str:
+    gelu = "exact GELU" if shape.gelu == "exact" else "tanh approximation of the GELU"
+    return f"width {shape.width}, depth {shape.depth}, MLP {shape.mlp_dim}, heads {shape.num_heads}, {gelu}"
 
 
 def _json(values: object) -> str:

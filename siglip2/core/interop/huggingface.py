@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from siglip2.core.interop.contracts import read_contract, read_tokenizer_files, write_tokenizer_files
+from siglip2.core.interop.contracts import is_plain_bpe, read_contract, read_tokenizer_files, write_tokenizer_files
 from siglip2.core.interop.files import (
     read_json,
     read_pickle,
@@ -32,15 +32,21 @@ from siglip2.core.interop.weights import (
     native_pixels,
     square_pixels,
 )
+from siglip2.core.model.sizes import Gelu
 
 MODEL_TYPES = {"siglip": False, "siglip2": True}  # -> whether images keep their aspect ratio
-TANH = ("gelu_pytorch_tanh", "gelu_new")
+ACTS: dict[str, Gelu] = {"gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu": "exact"}
+HIDDEN_ACT: dict[Gelu, str] = {"tanh": "gelu_pytorch_tanh", "exact": "gelu"}
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 EPSILON = 1e-6
 # what a config.json may leave out, from configuration_siglip.py and configuration_siglip2.py
-DEFAULTS = {"num_attention_heads": 12, "hidden_act": TANH[0], "layer_norm_eps": EPSILON}
+DEFAULTS = {"num_attention_heads": 12, "hidden_act": HIDDEN_ACT["tanh"], "layer_norm_eps": EPSILON}
 PROCESSOR_SAYS = (16, 256)  # patch_size and max_num_patches of Siglip2Processor, whatever its image processor has
 IGNORED = ("position_ids",)  # buffers that older versions saved
+OTHER_CLASS = (
+    "AutoTokenizer and AutoProcessor will give other ids: transformers has a tokenizer class of its own for siglip2, a "
+    "BPE without normalisation, and this vocabulary is none. PreTrainedTokenizerFast.from_pretrained gives right ones"
+)
 FILES, HEAD = ("model.safetensors", "pytorch_model.bin"), "text_model.head"
 
 
@@ -103,10 +109,10 @@ def read(folder: Path) -> Weights:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(f"{folder} holds a model of type '{kind}', expected {' or '.join(MODEL_TYPES)}")
-    native, notes = MODEL_TYPES[str(kind)], []
+    native = MODEL_TYPES[str(kind)]
     towers = {name: DEFAULTS | config.get(f"{name}_config", {}) for name in ("vision", "text")}
-    for name, tower in towers.items():
-        notes += _computed_as_ours(folder, name, tower)
+    gelus = {name: _gelu(folder, name, tower) for name, tower in towers.items()}
+    notes = [exact_gelu(name) for name, gelu in gelus.items() if gelu == "exact"]
     theirs = {n: t for n, t in _tensors(folder).items() if not n.endswith(IGNORED)}
     if f"{HEAD}.weight" not in theirs and "text_model.final_layer_norm.bias" in theirs:
         theirs |= {f"{HEAD}.{kind}": t for kind, t in identity_head(theirs["text_model.final_layer_norm.bias"]).items()}
@@ -121,7 +127,7 @@ def read(folder: Path) -> Weights:
     tokenizer, about = read_tokenizer_files(folder, rows=sizes.vocab_size, length=sizes.context_length)
     pixels = read_contract(folder).get("pixels") or _read_pixels(folder, sizes, native=native)
     heads = {name: int(tower["num_attention_heads"]) for name, tower in towers.items()}
-    found = {"pixels": pixels, "tokenizer": tokenizer, "notes": (*notes, *about)}
+    found = {"gelus": gelus, "pixels": pixels, "tokenizer": tokenizer, "notes": (*notes, *about)}
     return assemble("hf", state, place=str(folder), heads=heads, native=native, **found)
 
 
@@ -136,18 +142,16 @@ def _tensors(folder: Path) -> dict[str, Any]:
     raise ValueError(f"{folder} has a config.json but no weights: expected {' or '.join(FILES)}, or their index")
 
 
-def _computed_as_ours(folder: Path, name: str, tower: Mapping[str, Any]) -> list[str]:
-    """Notes about a tower's activation; raises ValueError where ours computes something else altogether."""
+def _gelu(folder: Path, name: str, tower: Mapping[str, Any]) -> Gelu:
+    """A tower's activation; raises ValueError where the tower computes something that ours cannot."""
     act, eps = tower["hidden_act"], tower["layer_norm_eps"]
     if not tower.get("vision_use_head", True):
         raise ValueError(f"{folder}: the {name} tower has no MAP head (vision_use_head is false), expected one")
     if abs(eps - EPSILON) > 1e-9:
         raise ValueError(f"{folder}: layer_norm_eps of the {name} tower is {eps}, every SigLIP has {EPSILON}")
-    if act in TANH:
-        return []
-    if act == "gelu":
-        return [exact_gelu(name)]
-    raise ValueError(f"{folder}: the {name} tower's hidden_act is '{act}', expected {TANH[0]}")
+    if act not in ACTS:
+        raise ValueError(f"{folder}: the {name} tower's hidden_act is '{act}', expected {' or '.join(ACTS)}")
+    return ACTS[act]
 
 
 def _check_config(folder: Path, towers: Mapping[str, Mapping[str, Any]], sizes: Sizes, like: str) -> None:
@@ -211,7 +215,10 @@ def write(weights: Weights, folder: Path) -> list[str]:
         notes.append("transformers gives siglip2 its own tokenizer class, which lowers all capitals and cleans no more")
     odd = weights.native and (weights.patch_size, weights.grid[0] ** 2) != PROCESSOR_SAYS
     budget = {"patch_size": weights.patch_size, "max_num_patches": weights.grid[0] ** 2} if odd else None
-    return notes + write_tokenizer_files(folder, weights.tokenizer, processor, budget)
+    notes += write_tokenizer_files(folder, weights.tokenizer, processor, budget)
+    if weights.native and (folder / "tokenizer.json").is_file() and not is_plain_bpe(folder):
+        notes.append(OTHER_CLASS)
+    return notes
 
 
 def config_of(weights: Weights) -> dict[str, Any]:
@@ -227,7 +234,7 @@ def config_of(weights: Weights) -> dict[str, Any]:
             "intermediate_size": shape.mlp_dim,
             "num_hidden_layers": shape.depth,
             "num_attention_heads": shape.num_heads,
-            "hidden_act": TANH[0],
+            "hidden_act": HIDDEN_ACT[shape.gelu],
             "layer_norm_eps": EPSILON,
             "attention_dropout": 0.0,
         }

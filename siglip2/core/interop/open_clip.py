@@ -32,10 +32,12 @@ from siglip2.core.interop.weights import (
     native_pixels,
     square_pixels,
 )
+from siglip2.core.model.sizes import Gelu
 
 CONFIG_FILE, TRUNK = "open_clip_config.json", "visual.trunk."
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 DEFAULT_HEADS = 8  # of CLIPTextCfg
+APPROXIMATE: dict[Gelu, str] = {"tanh": "tanh", "exact": "none"}
 TRUNK_FOLDER, HEAD = "trunk", "text.text_projection"
 
 
@@ -107,14 +109,17 @@ def read(
             f"its own, and a bias of the logits. {nearest_to(theirs)}"
         )
     found = trunk_of(str(images.get("timm_model_name", "")), images.get("timm_model_kwargs"), folder)
-    state, heads, notes = timm_trunk.read_trunk(trunk, found, place=place, prefix=TRUNK)
+    state, vision, notes = timm_trunk.read_trunk(trunk, found, place=place, prefix=TRUNK)
     depths = {"text": depth_of(theirs, "text.transformer.resblocks.{i}.")}
     rest = {n: t for n, t in theirs.items() if n not in trunk}
     if f"{HEAD}.weight" not in rest:
         rest |= {f"{HEAD}.{kind}": t for kind, t in identity_head(theirs["text.ln_final.weight"]).items()}
         notes.append(NO_HEAD)
     state |= read_names(rest, expanded(text_table(), depths), place=place, like=nearest_to(trunk))
-    if words and (words.get("act_kwargs") or {}).get("approximate") != "tanh":
+    if model.get("quick_gelu"):
+        raise ValueError(f"{place}: open_clip gives its text tower the QuickGELU, expected a GELU, as every SigLIP has")
+    exact = words and (words.get("act_kwargs") or {}).get("approximate") != "tanh"
+    if exact:
         notes.append(exact_gelu("text"))
     sizes = measure(state, place)
     known_heads = heads_of(state["text.norm.weight"].shape[0], depths["text"])
@@ -135,8 +140,9 @@ def read(
         "open_clip",
         state,
         place=place,
-        heads={"vision": heads, "text": text_heads},
+        heads={"vision": vision.heads, "text": text_heads},
         native=native,
+        gelus={"vision": vision.gelu, "text": "exact" if exact else "tanh"},
         pixels=pixels or _read_pixels(place, config or {}, sizes, native=native),
         tokenizer=tokenizer,
         notes=(*notes,),
@@ -167,9 +173,9 @@ def _read_pixels(place: str, config: Mapping[str, Any], sizes: Sizes, *, native:
 def write(weights: Weights, folder: Path) -> list[str]:
     """Writes a folder that `open_clip.create_model("local-dir:...")` loads; returns notes.
 
-    The trunks that open_clip knows by name have the shapes of released checkpoints, and three of them the exact GELU.
-    For all others `trunk/config.json` tells timm the shape and the activation, and is named by its whole path, since
-    open_clip 3.3 hands names on as they are.
+    The trunks that open_clip knows by name have the shapes of released checkpoints, and some of them the exact GELU.
+    For all others, and for these with the other GELU, `trunk/config.json` tells timm the shape and the activation, and
+    is named by its whole path, since open_clip 3.3 hands names on as they are.
 
     Raises:
         ValueError: if there is no text tower, or the position table is no square.
@@ -199,7 +205,7 @@ def config_of(weights: Weights, folder: Path) -> tuple[dict[str, Any], list[str]
     assert text is not None
     known = known_trunk(weights.vision, patch_size=weights.patch_size, grid=weights.grid, native=weights.native)
     named = timm_trunk.trunk_named(known.timm) if known else None
-    if known and named and named.tanh:
+    if known and named and named.gelu == weights.vision.gelu:
         name = known.timm
     else:
         name = f"local-dir:{(folder / TRUNK_FOLDER).resolve()}"
@@ -229,7 +235,7 @@ def config_of(weights: Weights, folder: Path) -> tuple[dict[str, Any], list[str]
         "proj_bias": True,
         "pool_type": "last",
         "norm_kwargs": {"eps": 1e-6},
-        "act_kwargs": {"approximate": "tanh"},
+        "act_kwargs": {"approximate": APPROXIMATE[text.gelu]},
     }
     resize = {"interpolation": pixels.get("filter", "bilinear"), "resize_mode": "squash"}
     if not weights.native and weights.image_size != images["image_size"]:

@@ -1,7 +1,7 @@
 """The shapes of all released SigLIP and SigLIP 2 checkpoints, and what three libraries call them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -107,13 +107,14 @@ def known_trunk(vision: Shape, *, patch_size: int, grid: tuple[int, int], native
     """Returns the released checkpoint with such a vision tower, SigLIP 2 before SigLIP 1; None if there is none.
 
     Args:
-        vision: its shape.
+        vision: its shape; the GELU does not count.
         patch_size: in pixels.
         grid: of its position table.
         native: whether it reads pictures of any aspect ratio.
     """
+    shape = replace(vision, gelu="tanh")  # as all of them were trained
     for known in PUBLISHED:
-        same = known.vision == vision and known.patch_size == patch_size and (known.side, known.side) == grid
+        same = known.vision == shape and known.patch_size == patch_size and (known.side, known.side) == grid
         if same and (known.image_size is None) == native:
             return known
     return None

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.layers import GELUTanh
-from torch import Tensor
+from timm.layers import GELU, GELUTanh
+from torch import Tensor, nn
 
 from siglip2.core.interop.contracts import read_contract
 from siglip2.core.interop.files import read_json, write_json, write_safetensors
@@ -27,16 +27,18 @@ from siglip2.core.interop.names import (
 )
 from siglip2.core.interop.published import heads_of, known_trunk, nearest, nearest_to
 from siglip2.core.interop.weights import Sizes, Weights, assemble, exact_gelu, measure, native_pixels, square_pixels
+from siglip2.core.model.sizes import Gelu
 
 FIXED, NATIVE = "vit_base_patch16_siglip_224", "naflexvit_base_patch16_siglip"  # entries that any shape is told to
 MODEL_FILE = "model.safetensors"
+ACT_LAYER: dict[Gelu, str] = {"tanh": "gelu_tanh", "exact": "gelu"}
 
 
 class Trunk(NamedTuple):
-    """What only a configuration tells: attention heads, and whether the activation is tanh-GELU."""
+    """What only a configuration tells: attention heads, and the GELU; of a trunk that nothing describes, tanh."""
 
     heads: int
-    tanh: bool
+    gelu: Gelu = "tanh"
 
 
 def table(*, native: bool, prefix: str = "") -> list[Entry]:
@@ -77,6 +79,9 @@ def trunk_named(name: str, arguments: Mapping[str, Any] | None = None) -> Trunk 
     Args:
         name: architecture.
         arguments: that it is created with.
+
+    Raises:
+        ValueError: if its activation is no GELU.
     """
     if ":" in name or not timm.is_model(name):
         return None
@@ -84,7 +89,12 @@ def trunk_named(name: str, arguments: Mapping[str, Any] | None = None) -> Trunk 
         model: Any = timm.create_model(name, pretrained=False, num_classes=0, **(arguments or {}))
     block = model.blocks[0]
     act = block.mlp.act
-    return Trunk(block.attn.num_heads, isinstance(act, GELUTanh) or getattr(act, "approximate", "none") == "tanh")
+    if not isinstance(act, GELU | GELUTanh | nn.GELU):
+        raise ValueError(
+            f"timm's '{name}' has the activation {type(act).__name__}, expected a GELU, as every SigLIP has"
+        )
+    tanh = isinstance(act, GELUTanh) or getattr(act, "approximate", "none") == "tanh"
+    return Trunk(block.attn.num_heads, "tanh" if tanh else "exact")
 
 
 def trunk_configured(config: Mapping[str, Any]) -> Trunk | None:
@@ -94,8 +104,8 @@ def trunk_configured(config: Mapping[str, Any]) -> Trunk | None:
 
 def read_trunk(
     theirs: Mapping[str, Tensor], trunk: Trunk | None, *, place: str, prefix: str = ""
-) -> tuple[dict[str, Tensor], int, list[str]]:
-    """Returns the vision tower's tensors under our names, its heads, and notes.
+) -> tuple[dict[str, Tensor], Trunk, list[str]]:
+    """Returns the vision tower's tensors under our names, what no tensor tells of it, and notes.
 
     Args:
         theirs: all tensors of the trunk, and no others.
@@ -116,13 +126,14 @@ def read_trunk(
         raise ValueError(f"{place} has no MAP head (`attn_pool`), as timm's siglip_gap variants; expected one. {like}")
     entries = expanded(table(native=native, prefix=prefix), {"vision": depth})
     state = read_names(theirs, entries, place=place, like=like)
-    heads = trunk.heads if trunk else heads_of(kernel.shape[0], depth)
-    if heads is None:
+    heads = heads_of(kernel.shape[0], depth)
+    if trunk is None and heads is None:
         raise ValueError(
             f"{place} does not say how many attention heads it has, and no tensor does: put the config.json of the "
             f"model beside it. {like}"
         )
-    return state, heads, [] if trunk is None or trunk.tanh else [exact_gelu("vision")]
+    found = trunk or Trunk(heads or 0)
+    return state, found, [exact_gelu("vision")] if found.gelu == "exact" else []
 
 
 def read(folder: Path | None, theirs: Mapping[str, Tensor], place: str) -> Weights:
@@ -140,14 +151,15 @@ def read(folder: Path | None, theirs: Mapping[str, Tensor], place: str) -> Weigh
     config = read_json(described) if described and described.is_file() else {}
     head = [name for name in theirs if name.startswith(("head.", "fc_norm."))]
     body = {name: t for name, t in theirs.items() if name not in head}
-    state, heads, notes = read_trunk(body, trunk_configured(config), place=place)
+    state, trunk, notes = read_trunk(body, trunk_configured(config), place=place)
     if head:
         notes.append(f"a classifier was left out ({', '.join(head)})")
     native = is_native(theirs)
     pixels = (read_contract(folder).get("pixels") if folder else None) or _read_pixels(
         config, measure(state, place), native=native
     )
-    return assemble("timm", state, place=place, heads={"vision": heads}, native=native, pixels=pixels, notes=(*notes,))
+    found: dict[str, Any] = {"heads": {"vision": trunk.heads}, "gelus": {"vision": trunk.gelu}, "pixels": pixels}
+    return assemble("timm", state, place=place, native=native, notes=(*notes,), **found)
 
 
 def _read_pixels(config: Mapping[str, Any], sizes: Sizes, *, native: bool) -> dict[str, Any] | None:
@@ -202,7 +214,7 @@ def arguments_of(weights: Weights) -> dict[str, Any]:
         "depth": shape.depth,
         "num_heads": shape.num_heads,
         "mlp_ratio": (shape.mlp_dim + 0.5) / shape.width,  # timm takes int(width * ratio)
-        "act_layer": "gelu_tanh",
+        "act_layer": ACT_LAYER[shape.gelu],
     }
     if weights.native:
         return arguments | {"pos_embed_grid_size": list(weights.grid), "pos_embed_interp_mode": "bilinear"}

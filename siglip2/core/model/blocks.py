@@ -10,10 +10,11 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from siglip2.core.model.attention import MAPHead, SelfAttention
-from siglip2.core.model.sizes import Shape
+from siglip2.core.model.sizes import Gelu, Shape
 
 # flax's epsilon, in every published SigLIP. Any: timm asks for a class where it takes what makes a module
 LayerNorm: Any = partial(nn.LayerNorm, eps=1e-6)
+GELUS: dict[Gelu, type[nn.Module]] = {"tanh": GELUTanh, "exact": nn.GELU}
 
 
 def _mlp_ratio(shape: Shape) -> float:
@@ -23,14 +24,14 @@ def _mlp_ratio(shape: Shape) -> float:
 
 
 def make_blocks(shape: Shape) -> nn.ModuleList:
-    """Returns `depth` pre-norm blocks with biases, LayerNorm eps 1e-6 and tanh-GELU, initialised as published."""
+    """Returns `depth` pre-norm blocks with biases and LayerNorm eps 1e-6, initialised as published."""
     make = partial(
         Block,
         shape.width,
         shape.num_heads,
         _mlp_ratio(shape),
         qkv_bias=True,
-        act_layer=GELUTanh,
+        act_layer=GELUS[shape.gelu],
         norm_layer=LayerNorm,
         attn_layer=SelfAttention,
     )
@@ -52,7 +53,7 @@ def make_pool(shape: Shape) -> MAPHead:
         num_heads=shape.num_heads,
         mlp_ratio=_mlp_ratio(shape),
         norm_layer=LayerNorm,
-        act_layer=GELUTanh,
+        act_layer=GELUS[shape.gelu],
     )
     bound = math.sqrt(6 / (1 + shape.width))  # Xavier uniform with fan_in 1, fan_out width
     nn.init.uniform_(pool.latent, -bound, bound)

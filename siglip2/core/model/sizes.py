@@ -2,16 +2,35 @@
 
 import difflib
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+Gelu = Literal["tanh", "exact"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of one transformer."""
+    """The shape of one transformer.
+
+    Args:
+        width: channels of a token.
+        depth: number of transformer blocks.
+        mlp_dim: hidden channels of each MLP.
+        num_heads: attention heads.
+        gelu: the GELU of each MLP: its tanh approximation, as all released weights were trained, or exact.
+
+    Raises:
+        ValueError: if there is no such GELU.
+    """
 
     width: int
     depth: int
     mlp_dim: int
     num_heads: int
+    gelu: Gelu = "tanh"
+
+    def __post_init__(self) -> None:
+        if self.gelu not in get_args(Gelu):
+            raise ValueError(f"gelu is '{self.gelu}', expected {' or '.join(get_args(Gelu))}")
 
 
 @dataclass(frozen=True)
@@ -23,12 +42,14 @@ class ShapeOptions:
         depth: number of transformer blocks.
         mlp_dim: hidden channels of each MLP.
         num_heads: attention heads; they divide the width.
+        gelu: tanh, as all released weights were trained, or exact, as some libraries run them.
     """
 
     width: int | None = None
     depth: int | None = None
     mlp_dim: int | None = None
     num_heads: int | None = None
+    gelu: Gelu | None = None
 
     def applied_to(self, shape: Shape) -> Shape:
         """Returns `shape` with the options that are set."""

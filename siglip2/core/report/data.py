@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 Picture = npt.NDArray[np.uint8]  # [H, W, 3]
 Box = tuple[float, float, float, float]  # xmin, ymin, xmax, ymax as shares of width and height
+GAIN, RETAINED = "gain", "retained"  # what a score before and after a fine-tune is to show
 
 
 def _check_picture(picture: Picture, owner: str) -> None:
@@ -67,6 +68,7 @@ class ZeroShotRow:
         top1: share of images whose best class is right.
         top5: share of images with the right class among the best five.
         chance: top-1 of a guess.
+        mean_per_class_recall: mean over classes of the share of their images whose best class is right.
     """
 
     dataset: str
@@ -76,6 +78,7 @@ class ZeroShotRow:
     top1: float
     top5: float
     chance: float
+    mean_per_class_recall: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,32 @@ class ReferringRow:
     num_texts: int
     accuracy: float
     iou: float
+
+
+@dataclass(frozen=True)
+class RetentionRow:
+    """One score before and after a fine-tune.
+
+    Args:
+        dataset: name of the evaluation set.
+        language: of its texts.
+        measure: what was measured, a share in [0, 1].
+        kind: `retained` for what the model is to keep, `gain` for what it is to learn.
+        before: score of the weights that the run started from.
+        after: score of the last weights that were evaluated.
+    """
+
+    dataset: str
+    language: str
+    measure: str
+    kind: str
+    before: float
+    after: float
+
+    @property
+    def change(self) -> float:
+        """after - before."""
+        return self.after - self.before
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,6 +272,7 @@ class RunReport:
         subtitle: one sentence under it.
         facts: steps, parameters, hardware, wall time, commit and so on, in the order shown.
         curves: training curves.
+        retention: scores before and after a fine-tune.
         zero_shot: zero-shot results.
         retrieval: retrieval results.
         referring: how well texts were located.
@@ -259,6 +289,7 @@ class RunReport:
     subtitle: str = ""
     facts: dict[str, str] = field(default_factory=dict)
     curves: list[Curve] = field(default_factory=list)
+    retention: list[RetentionRow] = field(default_factory=list)
     zero_shot: list[ZeroShotRow] = field(default_factory=list)
     retrieval: list[RetrievalRow] = field(default_factory=list)
     referring: list[ReferringRow] = field(default_factory=list)

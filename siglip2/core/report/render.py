@@ -11,7 +11,7 @@ from siglip2.core.report.data import Curve, RunReport
 from siglip2.core.report.examples import captions, heatmaps, image_to_text, text_to_image
 from siglip2.core.report.headline import headline
 from siglip2.core.report.markup import Html, Section, count, el, join, said
-from siglip2.core.report.tables import referring, retrieval, zero_shot
+from siglip2.core.report.tables import referring, retention, retrieval, zero_shot
 from siglip2.core.report.theme import CSS, SCRIPT
 
 
@@ -49,7 +49,8 @@ def notes(report: RunReport) -> Section | None:
 
 
 SECTIONS: tuple[Callable[[RunReport], Section | None], ...] = (
-    curves, zero_shot, retrieval, referring, text_to_image, image_to_text, heatmaps, boxes, captions, recipe, notes,
+    curves, retention, zero_shot, retrieval, referring, text_to_image, image_to_text, heatmaps, boxes, captions, recipe,
+    notes,
 )  # fmt: skip
 
 # The page needs nothing from anywhere, and the browser is told to hold it to that.

@@ -1,11 +1,11 @@
-"""Zero-shot, retrieval and referring results as tables with bars."""
+"""Zero-shot, retrieval and referring results, and what a fine-tune changed in them, as tables with bars."""
 
 import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from siglip2.core.report.charts import bar
-from siglip2.core.report.data import ReferringRow, RetrievalRow, RunReport, ZeroShotRow
+from siglip2.core.report.data import GAIN, RETAINED, ReferringRow, RetentionRow, RetrievalRow, RunReport, ZeroShotRow
 from siglip2.core.report.markup import Html, Section, count, el, language_name, percent
 
 Row = TypeVar("Row", ZeroShotRow, RetrievalRow, ReferringRow)
@@ -54,6 +54,33 @@ def dataset_line(text: str, columns: int) -> Html:
 def standard_error(share: float, num: int) -> float:
     """Binomial standard error of a share of `num`; NaN where there is none."""
     return math.sqrt(share * (1 - share) / num) if num and 0 <= share <= 1 else math.nan
+
+
+def retention(report: RunReport) -> Section | None:
+    """A row per score from before and after a fine-tune: what is to be learned, then what is to be kept."""
+    if not report.retention:
+        return None
+    head = ["Set", "Before", "Both", "After", "Change"]
+    bodies = []
+    for kind, line in {GAIN: "To be learned", RETAINED: "To be kept"}.items():
+        if rows := [retention_line(row) for row in report.retention if row.kind == kind]:
+            bodies.append(el("tbody", dataset_line(line, len(head)), *rows))
+    lead = "Solid bar: the lower of the two scores. Pale bar: up to the higher one. Change: in percentage points."
+    return Section("retention", "Gained and retained", lead, table(head, bodies, cls="ranked"))
+
+
+def retention_line(row: RetentionRow) -> Html:
+    """One row of the retention table."""
+    name = " · ".join(filter(None, (row.dataset, language_name(row.language), row.measure)))
+    low, high = sorted((row.before, row.after))
+    return el(
+        "tr",
+        el("th", name, scope="row"),
+        el("td", percent(row.before), cls="muted"),
+        el("td", bar(low, behind=high), cls="wide"),
+        el("td", el("b", percent(row.after))),
+        el("td", f"{100 * row.change:+.1f}" if math.isfinite(row.change) else "–"),
+    )
 
 
 def zero_shot(report: RunReport) -> Section | None:

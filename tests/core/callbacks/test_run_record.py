@@ -1,6 +1,7 @@
 """The record of a run survives a resume, and its report cannot harm it."""
 
 import json
+import re
 from types import SimpleNamespace
 
 from siglip2.cli.main import main
@@ -38,6 +39,20 @@ def test_report_says_which_parts_of_samples_were_left_out(tiny_recipe, toy_shard
     main(["fit", *tiny_recipe, *short, *evaluated])
     said = "Parts of samples were left out: in 40 samples seen in training 40 x caption cut; in the evaluation 16 x"
     assert f"{said} caption cut." in (tmp_path / "report.html").read_text()
+
+
+def test_report_has_the_scores_before_and_after_a_fine_tune(tiny_recipe, toy_shards, tmp_path):
+    pairs = {"new": {"path": str(toy_shards), "fields": {"caption": "json.caption"}}}
+    callback = {"class_path": "siglip2.core.callbacks.retention.Retention"}
+    extra = [f"--data.retrieval={json.dumps(pairs)}", f"--trainer.callbacks+={json.dumps(callback)}"]
+    extra += ["--trainer.num_sanity_val_steps=-1", "--trainer.limit_val_batches=1.0", "--trainer.max_steps=5"]
+    main(["fit", *tiny_recipe, *extra])
+    rows = json.loads((tmp_path / "retention.json").read_text())["rows"]
+    assert {row["measure"] for row in rows} == {"text to image R@1", "image to text R@1"}
+    page = re.sub("<[^>]+>", " ", (tmp_path / "report.html").read_text())
+    for row in rows:
+        name, change = f"new · {row['measure']}", f"{100 * row['change']:+.1f}"
+        assert re.search(rf"{name} +{row['before']:.1%} +{row['after']:.1%} +{re.escape(change)} ", page)
 
 
 def test_report_that_cannot_be_written_leaves_the_run_complete(tiny_recipe, tmp_path, capsys, monkeypatch):

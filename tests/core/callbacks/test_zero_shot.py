@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torchmetrics.classification import MulticlassRecall
 
 from siglip2.core.batch import Batch
-from siglip2.core.callbacks.zero_shot import ZeroShot, class_vectors, read_classes
+from siglip2.core.callbacks.zero_shot import MeanRecall, ZeroShot, class_vectors, read_classes
 from siglip2.core.data.settings import ZeroShotSet
 from siglip2.core.model.two_towers import unit_norm
 from siglip2.testing import tiny_module
@@ -72,8 +73,24 @@ def test_top1_and_top5_of_real_rows_are_those_of_numpy(module, toys):
         assert 0 < top1[language] < top5 < 1  # so that the comparison says something
         assert scores[f"zero_shot/toys/{language}/top1"] == pytest.approx(top1[language])
         assert scores[f"zero_shot/toys/{language}/top5"] == pytest.approx(top5)
+        hits = best[:, :1] == truth
+        recall = np.mean([hits[truth == k].mean() for k in np.unique(truth)])  # as sklearn's balanced accuracy
+        assert recall != pytest.approx(top1[language])
+        assert scores[f"zero_shot/toys/{language}/mean_per_class_recall"] == pytest.approx(recall)
     assert scores["zero_shot/toys/mean/top1"] == pytest.approx(sum(top1.values()) / 2)
     assert {(row.num_images, row.num_classes, row.chance) for row in callback.rows} == {(30, 7, 1 / 7)}
+
+
+def test_mean_recall_is_torchmetrics_macro_where_every_class_has_images_and_skips_those_that_have_none():
+    scores, labels = torch.randn(60, 7, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 7
+    found, expected = MeanRecall(7), MulticlassRecall(7, average="macro")
+    for rows in torch.arange(60).split(11):
+        found.update(scores[rows], labels[rows])
+        expected.update(scores[rows], labels[rows])
+    assert found.compute().item() == pytest.approx(expected.compute().item())
+    found.reset()
+    found.update(torch.eye(7)[[0, 1, 2, 2]], torch.tensor([0, 0, 1, -1]))  # 2 is predicted, and never true
+    assert found.compute() == 0.25
 
 
 @torch.no_grad()

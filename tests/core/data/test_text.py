@@ -375,11 +375,6 @@ def test_file_larger_than_the_contracts_vocabulary_is_refused(tokenizer):
         Tokenizer(tokenizer.file, dataclasses.replace(tokenizer.contract, vocab_size=100))
 
 
-def test_sentencepiece_model_cannot_be_written_as_tokenizer_json(spm_path):
-    with pytest.raises(ValueError, match=r"load the tokenizer\.json of the same model"):
-        Tokenizer.load(spm_path).to_tokenizer_json()
-
-
 def test_one_string_instead_of_a_list_is_refused(tokenizer):
     with pytest.raises(TypeError, match="expected a list of captions"):
         tokenizer.encode("a dog")

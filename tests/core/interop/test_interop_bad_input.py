@@ -261,12 +261,14 @@ def test_tokenizer_with_more_ids_than_the_table_has_rows_is_named(exported, form
 
 
 @pytest.mark.parametrize("act", ["gelu", None])
-def test_exact_gelu_is_noted(exported, act):
+def test_exact_gelu_is_read_and_noted(exported, act):
     folder = exported("hf")
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= {"hidden_act": act} if act else {}
     (folder / "config.json").write_text(json.dumps(config))
-    notes = [note for note in read_weights(str(folder)).notes if "exact GELU in the text tower" in note]
+    weights = read_weights(str(folder))
+    assert weights.gelus == {"vision": "tanh", "text": "exact" if act else "tanh"}
+    notes = [note for note in weights.notes if "set model.text.gelu to exact" in note]
     assert len(notes) == (act is not None)
 
 

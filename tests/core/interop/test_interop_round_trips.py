@@ -5,12 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from timm.layers import GELUTanh
+from torch import nn
 
 from siglip2.core.interop import big_vision
 from siglip2.core.interop.contracts import same_vocabulary
-from siglip2.core.interop.detect import read_weights
+from siglip2.core.interop.detect import of_checkpoint, read_weights
 from siglip2.core.interop.export import write
 from siglip2.core.interop.files import write_npz
+from siglip2.core.interop.weights import square_pixels
+from siglip2.testing import tiny_model, tiny_tokenizer
 
 BOTH_TOWERS = ["hf", "open_clip", "big_vision"]
 
@@ -148,3 +152,18 @@ def test_position_table_that_is_no_square_is_refused(make_weights, tmp_path):
     state = {**weights.state, "vision.pos_embed": weights.state["vision.pos_embed"][:2]}
     with pytest.raises(ValueError, match="the position table is 2 x 4"):
         write(replace(weights, state=state, grid=(2, 4)), "hf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [{"gelu": "exact"}, {"gelu": None}, {}], ids=["exact", "null", "older"])
+def test_checkpoint_keeps_its_gelu_and_older_ones_have_tanh(options):
+    """What a recipe says of the towers is in the checkpoint, and of an older one nothing on GELUs."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    recipe = {"model": {"size": "tiny/16", "vision": options, "text": {"num_heads": 2, **options}}}
+    pixels = square_pixels(32, 16, filter="bilinear")
+    ours = {"recipe": recipe, "pixels": pixels, "text": tokenizer.to_state()}
+    found = of_checkpoint({"siglip2": ours, "state_dict": state}, "here")
+    assert set(found.gelus.values()) == {"exact" if options.get("gelu") else "tanh"}
+    acts = {type(block.mlp.act) for tower in (found.towers().vision, found.towers().text) for block in tower.blocks}
+    acts.add(type(found.towers().vision.pool.mlp.act))
+    assert acts == {nn.GELU if options.get("gelu") else GELUTanh}

@@ -16,7 +16,7 @@ from siglip2.core.report import (
     RunReport,
     ZeroShotRow,
 )
-from siglip2.core.report.data import BoxExample, CaptionExample, Picture, ReferringRow
+from siglip2.core.report.data import BoxExample, CaptionExample, Picture, ReferringRow, RetentionRow
 
 TOP1 = {
     "en": 0.712, "de": 0.655, "fr": 0.648, "es": 0.661, "it": 0.622, "ru": 0.583, "zh": 0.547, "ja": 0.521,
@@ -129,6 +129,10 @@ def full_report() -> RunReport:
             "Wall time": "1 h 52 min", "Commit": "3f9c2ab1", "Version": "0.1.0",
         },
         curves=curves(),
+        retention=[
+            RetentionRow("new", "", "text to image R@1", "gain", 0.12, 0.58),
+            *(RetentionRow("kept", code, "top-1", "retained", top1, 0.97 * top1) for code, top1 in TOP1.items()),
+        ],
         zero_shot=[
             ZeroShotRow("Scenes-100", code, 5000, 100, top1, top1 + 0.2, 0.01) for code, top1 in TOP1.items()
         ],

@@ -22,12 +22,13 @@ from siglip2.core.report import (
     render,
     write_report,
 )
-from siglip2.core.report.data import BoxExample, CaptionExample, ReferringRow
+from siglip2.core.report.data import BoxExample, CaptionExample, ReferringRow, RetentionRow
 from siglip2.core.report.markup import VOID
 
 GREY = np.full((16, 24, 3), 128, np.uint8)
 ANCHORS = {
     "curves": "curves",
+    "retention": "retention",
     "zero_shot": "zero-shot",
     "retrieval": "retrieval",
     "referring": "referring",
@@ -114,6 +115,7 @@ def test_every_text_is_escaped() -> None:
         subtitle=EVIL,
         facts={EVIL: EVIL},
         curves=[Curve(f"{prefix}{EVIL}", [1, 2], [1.0, math.nan], EVIL) for prefix in ("train/", "val/", "")],
+        retention=[RetentionRow(EVIL, EVIL, EVIL, "gain", 0.5, 1.0)],
         zero_shot=[ZeroShotRow(EVIL, EVIL, 10, 2, 0.5, 1.0, 0.5)],
         retrieval=[RetrievalRow(EVIL, EVIL, 10, 10, {1: 0.5}, {1: 0.5})],
         text_to_image=[RetrievalExample(EVIL, EVIL, [GREY], [0.5], [True])],
@@ -252,6 +254,17 @@ def test_referring_accuracy_is_a_key_figure_and_a_table_with_its_mean() -> None:
     assert "Referring accuracy, English\n50.0%\nscenes; boxes at IoU 0.5, 100 texts" in text
     assert "German\n20.0%\n4.0%\n0.40" in text  # sqrt(0.2 * 0.8 / 100)
     assert "Mean of 2 languages\n35.0%\n0.40" in text
+
+
+def test_what_was_gained_stands_before_what_was_retained_with_the_difference() -> None:
+    kept = RetentionRow("kept_old", "de", "top-1", "retained", 0.9, 0.8125)
+    rows = [kept, RetentionRow("new", "", "text to image R@1", "gain", 0.2, math.nan)]
+    rows.append(RetentionRow("new", "", "image to text R@1", "gain", 0.25, 0.5))
+    page = render(RunReport("t", retention=rows))
+    learned = "To be learned\nnew · text to image R@1\n20.0%\n–\n–\nnew · image to text R@1\n25.0%\n50.0%\n+25.0\n"
+    assert learned + "To be kept\nkept_old · German · top-1\n90.0%\n81.2%\n-8.8\n" in Page(page).text
+    bars = re.findall(r'class="behind" style="width:([\d.]+)%"></i><i class="front" style="width:([\d.]+)%', page)
+    assert bars == [("50.00", "25.00"), ("90.00", "81.25")]  # of the first, nothing is known but the beginning
 
 
 def test_referring_set_without_languages_is_called_all() -> None:
