@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
+from siglip2.cli.exporting import export_to
 from siglip2.cli.training import SigLIP2CLI, fit
 from siglip2.core.checkpoint import read_checkpoint
+from siglip2.core.functional import unpatchify
+from siglip2.core.model.vision import to_unit_range
 from siglip2.testing import TinySource
 
 SCALARS = ("model.logit_scale", "model.logit_bias")
@@ -161,6 +164,23 @@ def test_checkpoint_of_lora_without_the_plugin_is_the_model_with_its_adapters(tu
     assert not torch.allclose(before[FC1], checkpoint["state_dict"][FC1], atol=1e-3)  # or there is nothing to merge
     for name in ("image", "caption"):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_what_transformers_loads_of_a_lora_run_is_the_model_with_its_adapters(tune, tmp_path):
+    pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    with torch.enable_grad():
+        cli, before, after = tune(*LORA, extra=["--model.optimizer.init_args.lr=0.05"])
+    assert not torch.allclose(before[FC1], after[FC1], atol=1e-3)  # or there is nothing to merge
+    export_to(str(tmp_path / "last.ckpt"), "hf", tmp_path / "hf", check=False)
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "hf", local_files_only=True, dtype=torch.float32).eval()
+    batch = next(iter(cli.datamodule.train_batches(max_batches=1)))
+    ours, images = cli.model.eval().embed(batch), batch.views["image"]
+    pixels = to_unit_range(unpatchify(images.patches, images.grid))
+    found = theirs(input_ids=batch.views["caption"].long(), pixel_values=pixels)
+    torch.testing.assert_close(found.image_embeds, ours["image"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.text_embeds, ours["caption"], rtol=0, atol=1e-6)
 
 
 def test_lora_that_was_stopped_resumes_to_the_bit(tune, tmp_path):

@@ -3,7 +3,8 @@
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from siglip2.core.hooks import hookimpl
 from siglip2.core.model.two_towers import TwoTowers
@@ -60,14 +61,15 @@ class LoRA(Plugin):
         self._layers = _inject(model, self)
         for parameter in (model.logit_scale, model.logit_bias):
             parameter.requires_grad_(True)
-        # the adapters' matrices belong to the towers' modules and, in checkpoints, to this plugin
-        self.down = nn.ModuleDict({key: layer.lora_A[ADAPTER] for key, layer in self._layers.items()})
-        self.up = nn.ModuleDict({key: layer.lora_B[ADAPTER] for key, layer in self._layers.items()})
+        # The adapters belong to the towers' modules, and in checkpoints alone to this plugin. Were they parts of it,
+        # FSDP2 would cut them twice: with their block, and with a plugin's module that it does not know to be there
+        self.down = {key: layer.lora_A[ADAPTER] for key, layer in self._layers.items()}
+        self.up = {key: layer.lora_B[ADAPTER] for key, layer in self._layers.items()}
         for layer in self._layers.values():
             layer.register_state_dict_post_hook(_merge)
             layer.register_load_state_dict_pre_hook(_split)
-        self.register_state_dict_post_hook(_add_bases)
-        self.register_load_state_dict_pre_hook(_take_bases)
+        self.register_state_dict_post_hook(_add_own)
+        self.register_load_state_dict_pre_hook(_take_own)
         self.register_load_state_dict_post_hook(_switch_after_loading)
         self._switch(self.start == 0)
 
@@ -129,22 +131,41 @@ def _split(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
             state[prefix + name] = tensor.detach()
 
 
-def _add_bases(plugin: LoRA, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _names(key: str) -> tuple[str, str, str]:
+    """What checkpoints call a layer's weight without adapter, A and B, behind the plugin's name."""
+    return f"base.{key}", f"down.{key}.weight", f"up.{key}.weight"
+
+
+def _add_own(plugin: LoRA, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for key, layer in plugin._layers.items():
-        state[f"{prefix}base.{key}"] = layer.base_layer.weight.detach()
+        own = layer.base_layer.weight, plugin.down[key].weight, plugin.up[key].weight
+        state.update({prefix + name: tensor.detach() for name, tensor in zip(_names(key), own, strict=True)})
 
 
-def _take_bases(plugin: LoRA, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Loads the weights without adapters, behind the towers, which have been given the sums.
+@torch.no_grad()
+def _take_own(
+    plugin: LoRA, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *_: Any
+) -> None:
+    """Loads adapters and the weights without them, behind the towers, which have been given the sums.
 
     An adapter that adds nothing has no base of its own: that of a run which starts from other weights is older than
     they are.
     """
     for key, layer in plugin._layers.items():
-        base, up = state.pop(f"{prefix}base.{key}", None), state.get(f"{prefix}up.{key}.weight")
-        if base is not None and up is not None and bool(up.any()):
-            with torch.no_grad():
-                layer.base_layer.weight.copy_(base)
+        names = [prefix + name for name in _names(key)]
+        base, down, up = (state.pop(name, None) for name in names)
+        if down is None or up is None:
+            missing += names[1:]
+            continue
+        plugin.down[key].weight.copy_(down)
+        plugin.up[key].weight.copy_(up)
+        if base is not None and _says_something(up):
+            layer.base_layer.weight.copy_(base)
+
+
+def _says_something(up: Tensor) -> bool:
+    """Whether a matrix has a number other than 0; of one that is cut, whether any rank has."""
+    return bool((up.full_tensor() if isinstance(up, DTensor) else up).any())
 
 
 def _switch_after_loading(plugin: LoRA, incompatible: Any) -> None:

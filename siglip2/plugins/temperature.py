@@ -1,7 +1,6 @@
 """`temperature`: keeps temperature and bias still while a fine-tune begins, and the temperature within bounds."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,15 +49,16 @@ class Temperature(Plugin):
         self.frozen = frozen
         self.bounds = (math.log(low) if low else None, None if max_scale is None else math.log(max_scale))
         self._hold = False
-        self._hooked: list[tuple[Tensor, Any]] = []
+        self._hooked: list[Tensor] = []
 
     @hookimpl
     def losses(self, step: Step) -> dict[str, Tensor]:
         """Adds no term; it is called before every backward pass, and says whether gradients count in this one."""
         self._hold = step.progress < self.frozen
-        parameters = (step.model.logit_scale, step.model.logit_bias)
-        if not all(any(p is known for known, _ in self._hooked) for p in parameters):  # not before they are sharded
-            self._hooked = [(p, p.register_hook(self._gradient)) for p in parameters if p.requires_grad]
+        for parameter in (step.model.logit_scale, step.model.logit_bias):
+            if parameter.requires_grad and not any(parameter is known for known in self._hooked):
+                parameter.register_hook(self._gradient)  # not in `setup`: FSDP2 puts another tensor in its place
+                self._hooked.append(parameter)
         return {}
 
     def _gradient(self, gradient: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from siglip2.core.distributed import world_size
+
 log = logging.getLogger(__name__)
 SPREAD = 3.0  # standard deviations of the cosine of two random directions, 1 / sqrt(E) each
 
@@ -97,11 +99,11 @@ class InitialLoss(Callback):
             log.warning("the first loss was not checked: there is no term '%s' (InitialLoss.term)", self.term)
             return
         loss = metrics[f"train/{self.term}"].detach().float()
-        if trainer.world_size > 1:
+        if world_size() > 1:  # ranks with rows of their own; hosts that share a program have all rows each
             loss = trainer.strategy.reduce(loss.clone(), reduce_op="mean")
         worse, text = remark(
             float(loss) / self.weight,
-            pairs=batch.size * trainer.world_size,
+            pairs=batch.size * world_size(),
             factor=float(metrics["logit_scale"]),
             bias=float(metrics["logit_bias"]),
             embed_dim=cast(Any, pl_module).model.embed_dim,

@@ -107,6 +107,7 @@ class RewindSpikes(Callback):
         self.losses: deque[float] = deque(maxlen=window)
         self.rewinds: list[dict[str, float]] = []
         self._good: Snapshot | None = None
+        self._due = False
         self._part: list[float] = []
 
     def is_spike(self, loss: float) -> bool:
@@ -121,6 +122,10 @@ class RewindSpikes(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._keep(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._due:
+            self._keep(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -140,7 +145,7 @@ class RewindSpikes(Callback):
             self._keep(trainer, pl_module)
 
     def _keep(self, trainer: Trainer, module: LightningModule) -> None:
-        self._good = Snapshot(module, trainer.optimizers[0], trainer.global_step)
+        self._good, self._due = Snapshot(module, trainer.optimizers[0], trainer.global_step), False
 
     def _rewind(self, trainer: Trainer, module: LightningModule, loss: float) -> None:
         good, step = self._good, trainer.global_step
@@ -164,7 +169,9 @@ class RewindSpikes(Callback):
         )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.validating:  # FSDP2's ranks have whole parameters then, and would keep those instead of their parts
+            self._due = trainer.state.fn == TrainerFn.FITTING
+        elif trainer.state.fn == TrainerFn.FITTING:
             self._keep(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
