@@ -5,6 +5,7 @@ What is cut, recomputed and compiled is the transformer block, in place: names i
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -42,7 +43,8 @@ def checkpoint_blocks(module: nn.Module) -> None:
     Chen et al., https://arxiv.org/abs/1604.06174.
     """
     for block in blocks(module):
-        block.forward = _recomputed(block.forward)  # type: ignore[method-assign]
+        # a method of the block, not a closure over its forward: compiled, blocks of one shape share it
+        block.forward = MethodType(_recomputed, block)  # type: ignore[method-assign]
 
 
 def compile_blocks(module: nn.Module, backend: str) -> None:
@@ -67,17 +69,17 @@ def compile_blocks(module: nn.Module, backend: str) -> None:
         block.forward = torch.compile(block.forward, backend=backend, dynamic=False)  # type: ignore[method-assign]
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that is run again in the backward pass."""
+def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a block's class, run again in the backward pass."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():  # a teacher, or evaluation: nothing is kept anyway
-            return forward(*args, **kwargs)
-        if args[0].device.type != "xla":
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        return _recomputed_on_xla(forward, args, kwargs)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return type(block).forward(block, *args, **kwargs)
 
-    return run
+    if not torch.is_grad_enabled():  # a teacher, or evaluation: nothing is kept anyway
+        return forward(*args, **kwargs)
+    if args[0].device.type != "xla":
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return _recomputed_on_xla(forward, args, kwargs)
 
 
 def _recomputed_on_xla(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,6 +17,8 @@ from siglip2.core.parallel import (
     checkpoint_blocks,
     compile_blocks,
 )
+from siglip2.core.model.sizes import Shape
+from siglip2.core.model.text import TextTower
 from siglip2.plugins.ema_teacher import EMATeacher
 from siglip2.plugins.locca import LocCa
 from siglip2.plugins.sigmoid import Sigmoid
@@ -128,6 +130,19 @@ def test_a_second_step_at_another_progress_compiles_nothing(module):
     batch = module.fake_batch(PROGRESS)
     module(batch, PROGRESS + 0.01)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == first
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@dynamo_looks_at_gradients
+@pytest.mark.parametrize("depth", [1, 4])
+def test_recomputed_blocks_of_one_shape_share_what_was_compiled(depth):
+    torch._dynamo.reset()
+    text = TextTower(Shape(32, depth, 64, 2), vocab_size=50, context_length=8, embed_dim=32)
+    checkpoint_blocks(text)
+    compile_blocks(text, "eager")
+    torch._dynamo.utils.counters.clear()
+    text(torch.arange(16).reshape(2, 8)).projected.sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

@@ -19,6 +19,14 @@ def gradients(module, progress):
     return [p.grad.clone() for p in (module.model.logit_scale, module.model.logit_bias, weight)]
 
 
+def test_scalar_that_a_rule_froze_leaves_one_hook_on_the_other():
+    module = tiny_module([Sigmoid(), Temperature(frozen=0.5)])
+    module.model.logit_bias.requires_grad_(False)
+    for _ in range(3):
+        module(module.fake_batch(0.1), 0.1)
+    assert len(module.model.logit_scale._backward_hooks) == 1
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_scalars_get_no_gradient_while_frozen_and_their_own_afterwards(order):
     plugins = [Sigmoid(), Temperature(frozen=0.5)]
