@@ -3,11 +3,12 @@
 Losses over pairs need the embeddings of every rank. The backward of a gather sums what all ranks ask of a row, so that
 a loss divided by the local batch, averaged over ranks as DDP and FSDP do, has the gradients of one process.
 
-Ranks are the processes of torch.distributed, or the replicas of torch_xla (Lightning's strategy `xla`). Under GSPMD
+Ranks are the processes of torch.distributed, or the replicas of torch_xla (the strategy `xla`). Under GSPMD
 (`xla_spmd`) there is one rank, however many hosts and devices there are: the program sees the whole batch.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -98,7 +99,23 @@ def gather(rows: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return rows
-    return _GatherReplicas.apply(rows) if _on_replicas() else _Gather.apply(rows)
+    if not _on_replicas():
+        return _Gather.apply(rows)  # type: ignore[no-any-return]
+    # without gradient, replicas may come here by different ways: one has the last, shorter batch of prompts
+    return _GatherReplicas.apply(rows) if torch.is_grad_enabled() else in_its_own_graph(_GatherReplicas.apply, rows)
+
+
+def in_its_own_graph(collective: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Returns what a collective of XLA replicas makes of a tensor, in a program that is the same for all of them.
+
+    A program with a collective has to be; so what each did before, and what it does afterwards, go into others.
+    """
+    import torch_xla
+
+    torch_xla.sync()
+    found = collective(tensor)
+    torch_xla.sync()
+    return found
 
 
 @torch.no_grad()
@@ -137,15 +154,20 @@ def _permuted(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """Returns the mean of a tensor over all ranks, without gradient; the tensor itself on one rank."""
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Returns the sum of a tensor over all ranks, without gradient; the tensor itself on one rank."""
     if world_size() == 1:
         return value.detach()
     total = value.detach().clone()
     if _on_replicas():
         import torch_xla.core.xla_model as xm
 
-        total = cast(Tensor, xm.all_reduce(xm.REDUCE_SUM, total, pin_layout=False))
-    else:
-        dist.all_reduce(total)
-    return total / world_size()
+        return cast(Tensor, xm.all_reduce(xm.REDUCE_SUM, total, pin_layout=False))
+    dist.all_reduce(total)
+    return total
+
+
+@torch.no_grad()
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Returns the mean of a tensor over all ranks, without gradient; the tensor itself on one rank."""
+    return sum_over_ranks(value) / world_size() if world_size() > 1 else value.detach()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.fabric.plugins import XLACheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -26,14 +25,6 @@ REST = "rest.ckpt"
 
 TENSOR = "siglip2.tensor"
 """Where a tensor belongs, the rest has {TENSOR: its name in the folder}."""
-
-
-class AtomicXLACheckpointIO(AtomicCheckpointIO, XLACheckpointIO):
-    """Our checkpoint files for Lightning's replica strategy `xla`, which accepts no other kind than its own."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Saves `checkpoint` to `path` with all tensors on the CPU, so that every machine can read it."""
-        AtomicCheckpointIO.save_checkpoint(self, on_cpu(checkpoint), path, storage_options)
 
 
 def on_cpu(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

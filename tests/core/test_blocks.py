@@ -9,6 +9,8 @@ import torch._dynamo
 import torch.utils.checkpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from siglip2.core.model.sizes import Shape
+from siglip2.core.model.text import TextTower
 from siglip2.core.parallel import (
     FSDP2Strategy,
     _recomputed_on_xla,
@@ -17,8 +19,6 @@ from siglip2.core.parallel import (
     checkpoint_blocks,
     compile_blocks,
 )
-from siglip2.core.model.sizes import Shape
-from siglip2.core.model.text import TextTower
 from siglip2.plugins.ema_teacher import EMATeacher
 from siglip2.plugins.locca import LocCa
 from siglip2.plugins.sigmoid import Sigmoid

@@ -7,7 +7,6 @@ import copy
 import json
 
 import numpy as np
-import replica_lock
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
@@ -21,6 +20,7 @@ from siglip2.plugins.sigmoid import Sigmoid
 from siglip2.plugins.silc import SILC
 from siglip2.plugins.tips import TIPS
 from siglip2.testing import fake_batch, tiny_module
+from siglip2.xla.turns import take_turns
 
 ROWS = 8
 # wide heads and cosines that are not magnified, as in exact.yaml
@@ -129,7 +129,7 @@ def compared(found, module, batch):
 
 
 def main():
-    replica_lock.install()
+    take_turns()
     modules = recipes()
     batches = {n: [share(m, number, REPLICAS) for number in range(REPLICAS)] for n, m in modules.items()}
     found = run_multiprocess(replica, modules, batches, start_method="fork")

@@ -1,4 +1,4 @@
-"""Trains adapters on the CPU and on four XLA devices, and goes back from a spike; prints JSON: how far both are apart.
+"""Adapters and spikes on the CPU and on four XLA devices; prints as JSON how far they are apart.
 
 Run by test_spmd_finetuning.py in a process of its own.
 """
