@@ -178,3 +178,13 @@ def test_checkpoints_are_saved_every_so_many_minutes(tiny_recipe, tmp_path):
     saved = sorted(int(path.stem.partition("=")[2]) for path in tmp_path.glob("step=*.ckpt"))
     assert saved[-1] == 10
     assert 2 <= len(saved) <= 4
+
+
+@pytest.mark.parametrize("ended", [7, 10])  # saved when training had ended, and within its last step
+@pytest.mark.parametrize("longer", [12, 20])
+def test_run_that_had_ended_goes_on_with_more_steps_where_it_stopped(tiny_recipe, ended, longer):
+    whole, _ = run(tiny_recipe, "--trainer.max_steps", str(longer))
+    main(["fit", *tiny_recipe, "--trainer.max_steps", str(ended), "--report", "false"])
+    more, _ = run(tiny_recipe, "--trainer.max_steps", str(longer), "--ckpt_path", "last")
+    assert more.keys == {step: keys for step, keys in whole.keys.items() if step > ended}
+    assert len(more.keys) == longer - ended

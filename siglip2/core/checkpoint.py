@@ -48,6 +48,17 @@ def reconcile(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> dic
     return {n: t if _plugin_of(n) in fresh else saved[n] for n, t in current.items()}
 
 
+def reopen(loops: dict[str, Any]) -> None:
+    """Lets a run that had come to its end go on, in place; Lightning would take its one epoch for over.
+
+    Args:
+        loops: state of Lightning's loops, as a checkpoint of a fit holds it.
+    """
+    fit = loops["fit_loop"]
+    fit["epoch_progress"]["current"].update(processed=0, completed=0)
+    fit["epoch_loop.batch_progress"]["is_last_batch"] = False
+
+
 def fresh_plugins(saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> set[str]:
     """Returns the plugins that start fresh: `saved` lacks one of their tensors, or has it in another shape."""
     return {_plugin_of(n) for n, t in current.items() if n not in saved or saved[n].shape != t.shape} - {""}

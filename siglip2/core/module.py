@@ -25,7 +25,7 @@ from siglip2.core.accumulate import (
 )
 from siglip2.core.assembly import Heads, merge_unique, the_patchifier
 from siglip2.core.batch import Batch, Patches
-from siglip2.core.checkpoint import differences, fresh_plugins, reconcile
+from siglip2.core.checkpoint import differences, fresh_plugins, reconcile, reopen
 from siglip2.core.curation import KeptCounts
 from siglip2.core.data.text import Tokenizer
 from siglip2.core.hooks import build_manager
@@ -420,6 +420,8 @@ class SigLIP2Module(LightningModule):
         for line in differences(self._stream(), ours["stream"], "here", "in the checkpoint") if resuming else ():
             log.warning("resuming with another stream of samples: %s", line)
         checkpoint["state_dict"] = reconcile(checkpoint["state_dict"], current)
+        if resuming and checkpoint["global_step"] < self.trainer.max_steps:
+            reopen(checkpoint["loops"])
         if "optimizer_states" in checkpoint:
             theirs = tuple(f"plugins.{name}." for name in fresh)
             checkpoint["optimizer_states"] = [without_state_of(s, theirs) for s in checkpoint["optimizer_states"]]

@@ -5,6 +5,7 @@ What is cut, recomputed and compiled is the transformer block, in place: names i
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from types import MethodType
 from typing import Any, cast
 
@@ -43,8 +44,10 @@ def checkpoint_blocks(module: nn.Module) -> None:
     Chen et al., https://arxiv.org/abs/1604.06174.
     """
     for block in blocks(module):
-        # a method of the block, not a closure over its forward: compiled, blocks of one shape share it
-        block.forward = MethodType(_recomputed, block)  # type: ignore[method-assign]
+        own = vars(block).get("forward")  # that somebody gave this block alone
+        # else a method of the block, not a closure over its forward: compiled, blocks of one shape share it
+        run = MethodType(_run, block) if own is None else partial(_recomputed, own)
+        block.forward = run  # type: ignore[method-assign]
 
 
 def compile_blocks(module: nn.Module, backend: str) -> None:
@@ -69,15 +72,21 @@ def compile_blocks(module: nn.Module, backend: str) -> None:
         block.forward = torch.compile(block.forward, backend=backend, dynamic=False)  # type: ignore[method-assign]
 
 
-def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of a block's class, run again in the backward pass."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return type(block).forward(block, *args, **kwargs)
 
+    return _recomputed(forward, *args, **kwargs)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A forward, run again in the backward pass."""
     if not torch.is_grad_enabled():  # a teacher, or evaluation: nothing is kept anyway
         return forward(*args, **kwargs)
-    if args[0].device.type != "xla":
+    first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    if first.device.type != "xla":
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     return _recomputed_on_xla(forward, args, kwargs)
 

@@ -86,6 +86,15 @@ def test_recomputed_blocks_give_bitwise_the_same_gradients_and_keep_less(module)
     assert list(module.state_dict()) == names
 
 
+def test_forward_that_somebody_gave_a_block_is_the_one_that_is_recomputed():
+    text = TextTower(Shape(32, 1, 64, 2), vocab_size=50, context_length=8, embed_dim=32)
+    (block,) = text.blocks
+    block.forward = lambda x: x * 3
+    checkpoint_blocks(text)
+    x = torch.ones(1, 2, 32, requires_grad=True)
+    assert torch.equal(block(x=x), x * 3)
+
+
 def recomputed_on_xla(forward):
     def run(*args, **kwargs):
         return _recomputed_on_xla(forward, args, kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
