@@ -9,6 +9,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import open_clip
 import torch
@@ -19,23 +20,29 @@ from siglip2.core.batch import Patches
 from siglip2.core.functional import grid_coords, patchify, sigmoid_loss
 from siglip2.core.model.two_towers import build_two_towers
 from siglip2.core.optim import KERNELS_ONLY, param_groups, published_adamw
+from siglip2.core.parallel import compile_blocks
 
 SIZES = {"B/32": ("ViT-B-32-SigLIP2-256", 256), "B/16": ("ViT-B-16-SigLIP2-256", 256)}
 
 
-def their_step(name: str, pixels: Tensor, ids: Tensor, precision: str, fused: bool) -> Callable[[], float]:
+def their_step(
+    name: str, pixels: Tensor, ids: Tensor, precision: str, fused: bool, compiled: bool = False
+) -> Callable[[], float]:
     """Returns one training step as open_clip_train does it: autocast, SigLipLoss, AdamW in two groups.
 
     Args:
         fused: give its AdamW torch's fused kernel, as ours has; open_clip_train leaves it off.
+        compiled: as its `--torchcompile`.
     """
-    model = open_clip.create_model(name, pretrained=None)
+    model: Any = open_clip.create_model(name, pretrained=None, device=pixels.device)
     small = [p for n, p in model.named_parameters() if p.ndim < 2 or "bn" in n or "ln" in n or "logit_scale" in n]
     ids_of_small = {id(p) for p in small}
     rest = [p for p in model.parameters() if id(p) not in ids_of_small]
     groups = [{"params": small, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.1}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=fused or None)
     loss = SigLipLoss()
+    if compiled:
+        model = torch.compile(model)
 
     def step() -> float:
         # open_clip's loader normalises to float in the workers, so the pixels arrive as they are used
@@ -50,12 +57,16 @@ def their_step(name: str, pixels: Tensor, ids: Tensor, precision: str, fused: bo
     return step
 
 
-def our_step(size: str, patches: Patches, ids: Tensor, precision: str, vocab_size: int) -> Callable[[], float]:
+def our_step(
+    size: str, patches: Patches, ids: Tensor, precision: str, vocab_size: int, compiled: bool = False
+) -> Callable[[], float]:
     """Returns one training step of ours: autocast, sigmoid loss, the published AdamW."""
     side = patches.grid[0] if patches.grid else 0
     patch_size = int(size.split("/")[1])
     towers = build_two_towers(size, patch_size=patch_size, grid=(side, side), vocab_size=vocab_size, context_length=64)
     towers.to(ids.device)
+    if compiled:
+        compile_blocks(towers, "inductor")
     optimizer = published_adamw(param_groups(towers, [KERNELS_ONLY]))
 
     def step() -> float:
