@@ -55,7 +55,7 @@ def load(
         tokenizer: a tokenizer.json, a SentencePiece model, or a folder or hub id with one, where the weights have
             none.
         packed: on a CPU, whether linear layers are stored as its matrix products read them: up to twice as fast, but
-            the towers can then not be trained, moved or saved. Elsewhere nothing is changed.
+            the towers can then not be trained, moved, copied or saved. Elsewhere nothing is changed.
 
     Raises:
         FileNotFoundError: if there is nothing at a local path.

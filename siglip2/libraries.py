@@ -28,6 +28,7 @@ from siglip2.prediction.model import Model
 
 TANH, EXACT = "tanh approximation", "exact"
 CONTRACT_OF = {"transformers": "hf", "open_clip": "open_clip", "big_vision": "big_vision"}  # keys of KNOWN_CONTRACTS
+DROPPED, WHITE = "dropped, colours under it stay", "white"  # what becomes of transparency
 TRAINED, ALONE, BARE = "padded on the right, EOS", "EOS, no padding", "padded on the left, no EOS, a mask"
 
 
@@ -109,7 +110,9 @@ def habits(model: Model, weights: Weights) -> list[Habit]:
         weights: the same, as `read_weights` returns them.
     """
     ours = our_way(model, weights)
-    found = [*_gelu(weights, ours), *_resize(weights, ours), *_normalisation(weights)]
+    found = [*_gelu(weights, ours), *_resize(weights, ours), *_normalisation(weights), *_transparency(weights)]
+    if not isinstance(ours.patchifier, FixedPatchifier):
+        found += _one_column()
     if ours.contract is not None:
         found += [*_cleaning(model.tokenizer, ours), *_rows(weights, ours), *_vocabulary(weights)]
     order = list(CONTRACT_OF)
@@ -175,6 +178,26 @@ def _normalisation(weights: Weights) -> Iterator[Habit]:
     ours = f"mean {pixels.get('mean', 0.5)}, std {pixels.get('std', 0.5)}"
     for library in CONTRACT_OF:
         yield Habit(library, "normalisation", "image", ours, "mean 0.5, std 0.5")
+
+
+def _transparency(weights: Weights) -> Iterator[Habit]:
+    note = "for pictures with an alpha channel; samples are measured without it"
+    if weights.native:
+        note += ". Siglip2ImageProcessor fails on them unless do_convert_rgb is set, as our exports have it"
+    for library in CONTRACT_OF:
+        there = WHITE if library == "transformers" else DROPPED
+        yield Habit(library, "transparency", "image", DROPPED, there, note=note if there == WHITE else "")
+
+
+def _one_column() -> Iterator[Habit]:
+    right, wrong = "of every row", "all rows have the first one's"
+    note = (
+        "only pictures one patch wide, more than half as many times taller than wide as there are patches: torch 2.9 "
+        "resizes position tables to width 1 wrongly when it antialiases"
+    )
+    part = "positions, one column"
+    yield Habit("transformers", part, "image", right, wrong, note=note)
+    yield Habit("big_vision", part, "image", right, right)
 
 
 def _cleaning(tokenizer: Tokenizer, ours: Way) -> Iterator[Habit]:

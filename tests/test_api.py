@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -118,9 +119,58 @@ def test_rank_is_the_sigmoid_with_temperature_and_bias_sorted(squares):
     assert sum(r.share for r in found) == pytest.approx(1)
 
 
-def test_template_without_a_place_for_the_label_is_refused(squares):
-    with pytest.raises(ValueError, match="'a photo' has no place for the label"):
-        squares.rank(pngs(1)[0], ["disc"], templates=["a photo"])
+@pytest.mark.parametrize("template", ["a photo", "{} {x}", "{} {}", "{{}}", "{:>5}", "{} {", "{0}"])
+def test_template_without_one_plain_place_for_the_label_is_refused(squares, template):
+    with pytest.raises(ValueError, match="has no place for the label, or other braces: expected one"):
+        squares.rank(pngs(1)[0], ["disc"], templates=[template])
+
+
+def test_one_label_and_one_template_may_stand_without_a_list(squares):
+    (found,) = squares.rank(pngs(1)[0], "gold disc", templates="a {{photo}} of a {}")
+    expected = squares.probabilities(squares.encode_image(pngs(1)), squares.encode_text("a {photo} of a gold disc"))
+    assert (found.text, found.share) == ("gold disc", 1)
+    assert found.match == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batches_of_less_than_one_are_refused(squares, size):
+    for encode, inputs in ((squares.encode_image, pngs(2)), (squares.encode_text, TEXTS)):
+        with pytest.raises(ValueError, match=f"batch_size is {size}, expected 1 or more"):
+            encode(inputs, batch_size=size)
+
+
+def test_arrays_that_torch_does_not_take_as_they_are_give_the_same_embedding(squares):
+    picture = Image.open(io.BytesIO(pngs(1)[0])).convert("RGB")
+    array = np.array(picture)
+    backwards = np.ascontiguousarray(array[:, :, ::-1])  # BGR, as OpenCV reads
+    read_only = np.asarray(picture)
+    assert not read_only.flags.writeable
+    rows = squares.encode_image([array, backwards[:, :, ::-1], read_only])
+    assert torch.equal(rows, rows[:1].expand_as(rows))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (None, "a picture is NoneType, expected a path"),
+        ([None], "a picture is NoneType, expected a path"),
+        (np.zeros((0, 10, 3), np.uint8), "a picture is 10 x 0 px, expected at least one pixel"),
+        (torch.zeros(3, 10, 0, dtype=torch.uint8), "a picture is 0 x 10 px, expected at least one pixel"),
+        (Image.new("RGB", (0, 5)), "a picture is 0 x 5 px, expected at least one pixel"),
+        (np.array([], np.uint8), r"pictures of shape \[0\], expected a tensor"),
+        (np.array([[[None] * 3]]), r"a picture is object \[1, 1, 3\], expected a path"),
+    ],
+    ids=["none", "list of none", "no rows", "no columns", "empty pil", "no axes", "objects"],
+)
+def test_what_is_no_picture_is_named(squares, image, message):
+    with pytest.raises(ValueError, match=message):
+        squares.encode_image(image)
+
+
+@pytest.mark.parametrize(("texts", "message"), [([None], "text 0 is NoneType"), (None, "texts are NoneType")])
+def test_what_is_no_text_is_named(squares, texts, message):
+    with pytest.raises(ValueError, match=message):
+        squares.encode_text(texts)
 
 
 def test_explain_shows_the_grid_and_the_pixels_that_the_tower_reads(naflex):

@@ -74,6 +74,8 @@ def test_exact_gelu_is_a_difference_to_those_that_have_the_tanh_approximation(tm
 def test_naflex_pictures_are_made_alike_by_transformers_and_its_bare_tokenizer_is_named(tmp_path, capsys):
     found = report(released(tmp_path / "naflex", native=True), capsys)
     assert ("transformers", "resize") in {(line["library"], line["part"]) for line in found["same"]}
+    assert ("big_vision", "positions, one column") in {(line["library"], line["part"]) for line in found["same"]}
+    assert ("transformers", "positions, one column") in named(found)
     padding = named(found)["transformers", "padding and EOS"]
     assert (padding["theirs"], padding["usual"]) == (BARE, False)
     assert padding["cosine"]["worst"] < 0.999
@@ -101,6 +103,51 @@ def test_table_names_every_difference(tmp_path, capsys, monkeypatch):
             assert habit.part in printed
             assert habit.theirs in printed
     assert "transformers, the same: GELU of the image tower" in printed
+
+
+def test_narrow_terminal_folds_values_instead_of_cutting_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["doctor", released(tmp_path / "weights")])
+    table = capsys.readouterr().out.partition("┘")[0]
+    assert "…" not in table
+    rows = [line.split("│")[1:-1] for line in table.splitlines() if line.startswith("│")]
+    column = "".join(cells[3].strip() for cells in rows).replace(" ", "")
+    assert "bilinear,notantialiased,48px" in column
+
+
+def test_sample_of_no_pictures_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "none", "--samples", "0"])
+    assert "argument --samples: '0' is no number of 1 or more" in capsys.readouterr().err
+
+
+def test_one_column_of_patches_and_transparency_are_what_transformers_does_otherwise(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    path = released(tmp_path / "weights", native=True)
+    theirs = transformers.AutoModel.from_pretrained(path).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(path)
+    model = load(path, "cpu", packed=False)
+    rng = np.random.default_rng(0)
+    pictures = {
+        "square": Image.fromarray(rng.integers(0, 256, (40, 44, 3), np.uint8)),
+        "row": Image.fromarray(rng.integers(0, 256, (8, 100, 3), np.uint8)),
+        "column": Image.fromarray(rng.integers(0, 256, (100, 8, 3), np.uint8)),
+        "transparent": Image.new("RGBA", (40, 44), (250, 0, 0, 0)),
+    }
+    with torch.no_grad():
+        made = processor(images=list(pictures.values()), max_num_patches=9, return_tensors="pt")
+        vectors_BE = torch.nn.functional.normalize(theirs.get_image_features(**made).pooler_output, dim=-1)
+    far = dict(
+        zip(pictures, (model.encode_image(list(pictures.values())) - vectors_BE).abs().amax(-1).tolist(), strict=True)
+    )
+    assert max(far["square"], far["row"]) < 1e-5
+    assert min(far["column"], far["transparent"]) > 1e-3
+    white = model.encode_image(Image.new("RGB", (40, 44), (255, 255, 255)))
+    torch.testing.assert_close(white[0], vectors_BE[3], atol=1e-5, rtol=0)
+    parts = {
+        habit.part for habit in habits(model, read_weights(path)) if habit.library == "transformers" and habit.differs
+    }
+    assert {"positions, one column", "transparency"} <= parts
 
 
 @pytest.fixture

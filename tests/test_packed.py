@@ -1,6 +1,8 @@
 """Packed linear layers compute what the plain ones do, wherever this machine can pack."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -79,6 +81,39 @@ def test_autocast_leaves_packed_layers_in_their_own_precision():
     pack(model.model)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(model.encode_text(TEXTS), expected, atol=0.05)
+
+
+@packs
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.to("meta"),
+        lambda model: model.requires_grad_().encode_text(tiny_tokenizer().encode(TEXTS)),
+        lambda model: model.state_dict(),
+        lambda model: torch.save(model.state_dict(), io.BytesIO()),
+        lambda model: copy.copy(model.text.blocks[0].mlp.fc1),
+        copy.deepcopy,
+        pickle.dumps,
+    ],
+    ids=["bf16", "device", "gradient", "state_dict", "save", "copy", "deepcopy", "pickle"],
+)
+def test_packed_towers_refuse_what_their_weights_cannot_take_part_in_and_stay_as_they_were(act):
+    model = Model(tiny_model(), PATCHIFIER, tiny_tokenizer())
+    expected = model.encode_text(TEXTS)
+    pack(model.model)
+    with pytest.raises(RuntimeError, match=r"packed towers cannot be .*siglip2\.load\(\.\.\., packed=False\)"):
+        act(model.model)
+    assert torch.allclose(model.encode_text(TEXTS), expected, atol=1e-6)
+
+
+@packs
+def test_packed_towers_may_be_sent_to_where_they_are():
+    model = Model(tiny_model(), PATCHIFIER, tiny_tokenizer())
+    expected = model.encode_text(TEXTS)
+    pack(model.model)
+    model.model.to("cpu", torch.float32).float().cpu()
+    assert torch.allclose(model.encode_text(TEXTS), expected, atol=1e-6)
 
 
 def test_half_precision_and_other_types_stay_plain():

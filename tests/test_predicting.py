@@ -148,7 +148,55 @@ def test_released_weights_rank_on_the_terminal(ran, weights, pictures):
         assert [t["text"] for t in line["texts"]] == [TEXTS[i] for i in (-row).argsort()]
 
 
-def test_checkpoint_of_ours_gives_the_same_in_a_file_as_on_the_terminal(tiny_recipe, toy_shards, tmp_path, capsys):
+def test_picture_that_cannot_be_read_is_named_and_left_out_on_the_terminal(weights, pictures, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    use = ["predict", "--ckpt_path", str(weights), "--images", str(pictures), "--device", "cpu"]
+    main([*use, "--texts", *TEXTS, "--json"])
+    printed = capsys.readouterr()
+    _, matches = expected(weights, pictures, [0, 1, 3, 4])
+    lines = [json.loads(line) for line in printed.out.splitlines()]
+    assert [line["image"] for line in lines] == [str(pictures / f"{i}.png") for i in (0, 1, 3, 4)]
+    assert [line["texts"][0]["match"] for line in lines] == pytest.approx(matches.max(1))
+    assert f"skipped: {pictures / '2.png'} cannot be read" in printed.err
+    assert "1 of 5 pictures were skipped" in printed.err
+    main([*use, "--explain"])
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_only_pictures_that_cannot_be_read_are_an_error_on_the_terminal(weights, pictures, capsys):
+    use = ["predict", "--ckpt_path", str(weights), "--images", str(pictures / "2.png"), "--device", "cpu"]
+    with pytest.raises(SystemExit) as ended:
+        main([*use, "--texts", *TEXTS])
+    assert ended.value.code == 2
+    assert "none of the 1 pictures could be read" in capsys.readouterr().err
+
+
+def test_folders_in_a_folder_are_read_but_for_hidden_ones(ran, weights, pictures, tmp_path):
+    for name in ("b/c", ".hidden"):
+        (pictures / name).mkdir(parents=True)
+        shutil.copy(pictures / "0.png", pictures / name / "9.png")
+    shutil.copy(pictures / "0.png", pictures / "b" / "._8.png")
+    (pictures / "b" / "notes.txt").write_text("no picture")
+    ran("--images", pictures, "--out", tmp_path / "found.npy", "--num-workers", "0")
+    lines = [json.loads(line) for line in (tmp_path / "found.npy.jsonl").read_text().splitlines()]
+    places = [str(pictures / place) for place in ("0.png", "1.png", "2.png", "3.png", "4.png", "b/c/9.png")]
+    assert [line["key"] for line in lines] == places
+    assert [line["image"] for line in ran("--images", pictures, "--texts", *TEXTS)] == [
+        p for p in places if "2" not in p[-5:]
+    ]
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "x"])
+def test_batch_size_below_one_is_refused_before_anything_is_read(tmp_path, capsys, size):
+    use = ["predict", "--ckpt_path", "none", "--images", "none", "--out", str(tmp_path / "z.npy")]
+    with pytest.raises(SystemExit):
+        main([*use, "--batch-size", size])
+    assert f"argument --batch-size: '{size}' is no number of 1 or more" in capsys.readouterr().err
+
+
+def test_checkpoint_of_ours_gives_the_same_in_a_file_as_on_the_terminal_and_leaves_out_what_is_no_picture(
+    tiny_recipe, toy_shards, tmp_path, capsys
+):
     short = ["--trainer.max_steps", "2", "--report", "false", "--model.warmup", "1"]
     main(["fit", *tiny_recipe, *short])
     picture = tmp_path / "a.png"
@@ -159,6 +207,18 @@ def test_checkpoint_of_ours_gives_the_same_in_a_file_as_on_the_terminal(tiny_rec
     terminal = {t["text"]: t["match"] for t in json.loads(capsys.readouterr().out)["texts"]}
     main([*use, "--out", str(tmp_path / "found.npy"), "--device", "cpu"])
     assert dict(zip(TEXTS, np.load(tmp_path / "found.npy")[0], strict=True)) == pytest.approx(terminal)
+    folder = tmp_path / "[pictures]"
+    (folder / "in it").mkdir(parents=True)
+    shutil.copy(picture, folder / "in it" / "a*.png")
+    (folder / "bad.png").write_bytes(b"no picture")
+    use[use.index(str(picture))] = str(folder)
+    capsys.readouterr()
+    main([*use, "--json"])
+    printed = capsys.readouterr()
+    (line,) = [json.loads(line) for line in printed.out.splitlines()]
+    assert line["image"] == str(folder / "in it" / "a*.png")
+    assert {t["text"]: t["match"] for t in line["texts"]} == pytest.approx(terminal)
+    assert "1 of 2 pictures were skipped" in " ".join(printed.err.split())
 
 
 def test_explain_prints_the_grid_and_draws_it(weights, tmp_path, capsys):

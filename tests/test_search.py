@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import siglip2
 from siglip2.cli.main import main
@@ -145,6 +146,30 @@ def refused(capsys, *arguments):
     with pytest.raises(SystemExit):
         main(["search", *map(str, arguments), "--device", "cpu"])
     return capsys.readouterr().err
+
+
+def test_damaged_file_of_embeddings_is_an_error_and_one_of_something_else_is_left_out(
+    capsys, searched, shards, tmp_path
+):
+    save_file({"weight": torch.ones(3)}, shards / "model.safetensors")
+    (found,) = searched(shards, "a", "--k", "16")
+    assert len(found["hits"]) == 15
+    (damaged,) = shards.glob("00001.tar.*.safetensors")
+    whole = damaged.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for size in (len(whole) - 1, header, header // 2, 4, 0):
+        damaged.write_bytes(whole[:size])
+        message = " ".join(refused(capsys, shards, "a").split())
+        assert str(damaged) in message
+        assert "write it again (`siglip2 embed` does" in message
+
+
+def test_embed_writes_a_damaged_file_again(searched, shards, embed):
+    (damaged,) = shards.glob("00001.tar.*.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    embed(shards)
+    (found,) = searched(shards, "a", "--k", "16")
+    assert len(found["hits"]) == 15
 
 
 def test_other_towers_than_those_that_embedded_are_refused(capsys, shards, checkpoint, tmp_path):

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from siglip2.api import load
 from siglip2.cli.console import set_up_logging
+from siglip2.cli.embedding import positive
 from siglip2.core.data.fields import BadSample, Fields
 from siglip2.core.interop.detect import read_weights
 from siglip2.core.interop.parity import SAMPLES
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("weights", help="A checkpoint of ours, or released weights: a folder, a file, a hub id.")
     parser.add_argument("--sample", nargs="+", default=[], help="Pictures, folders, shards or a table to measure on.")
-    parser.add_argument("--samples", type=int, default=32, help="How many of them (default: 32).")
+    parser.add_argument("--samples", type=positive, default=32, help="How many of them (default: 32).")
     parser.add_argument("--caption-field", default=Fields().caption, help="Where captions are in shards or a table.")
     parser.add_argument("--image-field", default=Fields().image, help="Where pictures are in shards or a table.")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one).")
@@ -174,7 +175,8 @@ def diagnose(model: Model, ours: Way, found: Sequence[Habit], sample: Sample) ->
 def _print(path: str, found: Sequence[Habit], findings: Sequence[Finding], sample: Sample) -> None:
     table = Table(title=escape(f"{path}, on {sample.name}"), title_justify="left")
     for name in ("library", "what", "trained with", "does", "cosine, mean", "worst", "changed"):
-        table.add_column(name, justify="right" if name in ("cosine, mean", "worst", "changed") else "left")
+        justify: Any = "right" if name in ("cosine, mean", "worst", "changed") else "left"
+        table.add_column(name, justify=justify, overflow="fold")
     for library in CONTRACT_OF:
         for finding in [f for f in findings if f.habit.library == library]:
             habit, numbers = finding.habit, ("not measured", "", "")

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compute", choices=COMPUTED, default="fp32", help="Of the towers: fp32, or autocast (default: fp32).")
     add("--accelerator", default="auto", help="Lightning's: cpu, cuda, ... (default: auto).")
     add("--devices", default="1", help="Processes, one device each, which share the shards (default: 1).")
-    add("--batch-size", type=_positive, default=64, help="Pictures, and captions, encoded at a time (default: 64).")
+    add("--batch-size", type=positive, default=64, help="Pictures, and captions, encoded at a time (default: 64).")
     add("--num-workers", type=int, default=2, help="Loader processes of each device (default: 2).")
     add(
         "--part", type=_part, default=(0, 1), metavar="I/N", help="Only the I-th of N parts of the shards, from 1/N on."
@@ -150,7 +150,8 @@ def _fields(given: Sequence[str]) -> Fields:
     return Fields(**own, extra=specs)
 
 
-def _positive(word: str) -> int:
+def positive(word: str) -> int:
+    """Reads an option's number; argparse's error if it is none of 1 or more."""
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is no number of 1 or more")
     return int(word)

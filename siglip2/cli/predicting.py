@@ -1,10 +1,11 @@
 """`siglip2 predict`: pictures and free texts in, ranked probabilities out, on the terminal or in a file."""
 
 import argparse
+import glob
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ from torch.utils.data import DataLoader
 
 from siglip2.api import load
 from siglip2.cli.console import set_up_logging
+from siglip2.cli.embedding import positive
 from siglip2.cli.from_checkpoint import option, with_checkpoint
 from siglip2.cli.training import SigLIP2CLI
 from siglip2.core.data.fields import Fields
-from siglip2.core.data.predicting import find_pictures
 from siglip2.core.interop.detect import is_foreign
 from siglip2.core.module import SigLIP2Module
 from siglip2.prediction.files import Predictions, open_predictions
+from siglip2.prediction.inputs import pixels_of
 from siglip2.prediction.model import Model, Ranked
-from siglip2.prediction.pictures import Span, Spans, open_pictures
+from siglip2.prediction.pictures import Span, Spans, all_pictures, open_pictures
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ OUT = (
     "Write all predictions to a .parquet or .npy file instead: pictures, folders, shards, tables, any number of them. "
     "A killed run starts again from the beginning: for large jobs there is `siglip2 embed`, which goes on."
 )
+IMAGES = "Image files, globs, folders with all folders in them; with --out also shards or a table."
 EXPLAIN = "Show the grid that each picture is resized to instead; with a folder, also draw it there."
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMED = 20  # failures that the log names before they are only counted
@@ -78,13 +81,18 @@ def run_on_pictures(cli: SigLIP2CLI, images: Sequence[str], *, quiet: bool) -> t
 
     Args:
         cli: built with the checkpoint.
-        images: files, globs or folders.
+        images: files, globs or folders, with the folders in them.
         quiet: show no progress bar: it draws on stdout, where each line is to be JSON.
 
     Returns:
-        The path of every picture, and what `predict_step` returned for it.
+        The path of every picture that can be read, and what `predict_step` returned for it.
+
+    Raises:
+        ValueError: if none can be read.
     """
-    cli.datamodule.predict = replace(cli.datamodule.predict, images=list(images))
+    # each is decoded once more later: one that cannot be would end the loop, and with it what is known of the others
+    good = [glob.escape(path) for path, _ in readable(all_pictures(images))]
+    cli.datamodule.predict = replace(cli.datamodule.predict, images=good)
     if quiet and cli.trainer.progress_bar_callback:
         cli.trainer.progress_bar_callback.disable()
     outputs: Any = cli.trainer.predict(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
@@ -116,8 +124,29 @@ def without_recipe(arguments: Sequence[str]) -> None:
         print(json.dumps(summary, ensure_ascii=False)) if args.json else _print_summary(summary)
     else:
         z_text_KE = model.encode_labels(args.texts, args.templates)
-        for path in map(str, find_pictures(args.images)):
-            _print(path, model.ranked(model.encode_image(path), z_text_KE, args.texts)[0], as_json=args.json)
+        for path, pixels in readable(all_pictures(args.images)):
+            _print(path, model.ranked(model.encode_image(pixels), z_text_KE, args.texts)[0], as_json=args.json)
+
+
+def readable(paths: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields each picture with its pixels, uint8 [3, H, W]; one that cannot be read is named in the log and left out.
+
+    Raises:
+        ValueError: at the end, if none can be read.
+    """
+    skipped = 0
+    for path in paths:
+        try:
+            pixels = pixels_of(path)
+        except (OSError, ValueError) as error:
+            log.warning("skipped: %s", error)
+            skipped += 1
+        else:
+            yield path, pixels
+    if skipped == len(paths):
+        raise ValueError(f"none of the {skipped} pictures could be read; the log says why")
+    if skipped:
+        log.warning("%d of %d pictures were skipped", skipped, len(paths))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,13 +155,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--ckpt_path", required=True, help="A checkpoint, or released weights: a folder, an .npz, a hub id.")
-    add("--images", nargs="+", required=True, help="Image files, globs, folders; with --out also shards or a table.")
+    add("--images", nargs="+", required=True, help=IMAGES)
     add("--texts", nargs="+", default=[], help="Free texts; with --out and without them, embeddings are written.")
     add("--templates", nargs="+", default=["{}"], help="Prompts with {} for the text; a text is their mean.")
     add("--out", help=OUT)
     add("--explain", nargs="?", const="", metavar="FOLDER", help=EXPLAIN)
     add("--json", action="store_true", help="Print JSON instead of tables.")
-    add("--batch-size", type=int, default=32, help="Pictures at a time (default: 32).")
+    add("--batch-size", type=positive, default=32, help="Pictures at a time (default: 32).")
     add("--num-workers", type=int, default=2, help="Loader processes (default: 2).")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")
     add("--precision", choices=DTYPES, default="fp32", help="Of the weights (default: fp32).")
@@ -211,11 +240,11 @@ def explain(model: Model, images: Sequence[str], folder: str) -> None:
     """Prints what the model sees of each picture, and draws it into a folder if one is given."""
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    for number, path in enumerate(find_pictures(images)):
-        found = model.explain(path)
+    for number, (path, pixels) in enumerate(readable(all_pictures(images))):
+        found = model.explain(pixels)
         print(f"{path}: {found}")
         if folder:
-            found.draw().save(Path(folder) / f"{number:04d}-{path.stem}.png")
+            found.draw().save(Path(folder) / f"{number:04d}-{Path(path).stem}.png")
 
 
 def _progress(total: int) -> Progress:

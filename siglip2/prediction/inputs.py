@@ -3,7 +3,7 @@
 # B pictures, N patches
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def pixels_of(image: Picture) -> Tensor:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read as a picture, or is no such tensor.
+        ValueError: if it cannot be read as a picture, has no pixels, or is no such tensor.
     """
     if isinstance(image, str | Path):
         path = str(image if not is_local(str(image)) else Path(image).expanduser())
@@ -90,15 +90,25 @@ def pixels_of(image: Picture) -> Tensor:
     if isinstance(image, bytes | bytearray):
         return decode_image(bytes(image))
     if isinstance(image, Image.Image):
-        return from_pil(image)
-    pixels = torch.from_numpy(image).permute(2, 0, 1) if isinstance(image, np.ndarray) and image.ndim == 3 else image
+        return _with_pixels(from_pil(image))
+    pixels: Any = image
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
+        # a copy: torch takes no negative strides, and warns of arrays that cannot be written to, as PIL's are
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)
     if not isinstance(pixels, Tensor) or pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
-        found = f"{getattr(image, 'dtype', type(image).__name__)} {list(getattr(image, 'shape', []))}"
+        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor | np.ndarray) else type(image).__name__
         raise ValueError(
             f"a picture is {found}, expected a path, bytes, a PIL picture, a uint8 tensor [3, H, W] or a uint8 array "
             f"[H, W, 3]: pixels are scaled by the model, so give them as 0 to 255"
         )
-    return pixels.cpu()
+    return _with_pixels(pixels.cpu())
+
+
+def _with_pixels(picture: Tensor) -> Tensor:
+    if not picture.numel():
+        _, height, width = picture.shape
+        raise ValueError(f"a picture is {width} x {height} px, expected at least one pixel")
+    return picture
 
 
 def each(images: Picture | Sequence[Picture]) -> list[Picture]:
@@ -107,12 +117,15 @@ def each(images: Picture | Sequence[Picture]) -> list[Picture]:
         return [images]
     if isinstance(images, Tensor | np.ndarray):
         return [images] if images.ndim == 3 else list(_rows(images))
-    return list(images)
+    return list(images) if isinstance(images, Iterable) else [images]
 
 
 def _rows(images: Any) -> Iterator[Any]:
     if images.ndim != 4:
-        raise ValueError(f"pictures of shape {list(images.shape)}, expected [3, H, W] or [B, 3, H, W]")
+        raise ValueError(
+            f"pictures of shape {list(images.shape)}, expected a tensor [3, H, W] or [B, 3, H, W], or an array "
+            f"[H, W, 3] or [B, H, W, 3]"
+        )
     yield from images
 
 

@@ -2,9 +2,10 @@
 
 # B pictures or texts, K labels, E embedding dimension, N patches
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from string import Formatter
 
 import torch
 from torch import Tensor
@@ -89,8 +90,9 @@ class Model:
             batch_size: pictures that are encoded at a time.
 
         Raises:
-            ValueError: if a picture cannot be read, or is no such tensor.
+            ValueError: if a picture cannot be read, or is no such tensor, or `batch_size` is below 1.
         """
+        _check(batch_size)
         pictures = each(images)
         z_BE = torch.empty(len(pictures), self.embed_dim, device=self.device)
         for first in range(0, len(pictures), SORTED * batch_size):
@@ -124,9 +126,10 @@ class Model:
             batch_size: texts that are encoded at a time.
 
         Raises:
-            ValueError: if the tokenizer is not known.
+            ValueError: if the tokenizer is not known, one of them is no text, or `batch_size` is below 1.
         """
-        ids_BT = self.tokenizer.encode([texts] if isinstance(texts, str) else list(texts))
+        _check(batch_size)
+        ids_BT = self.tokenizer.encode(_listed(texts, "text"))
         none = torch.empty(0, self.embed_dim, device=self.device)
         return torch.cat([none, *(self.encode_ids(ids) for ids in ids_BT.split(batch_size) if len(ids))])
 
@@ -135,20 +138,24 @@ class Model:
         """Returns unit-norm embeddings [B, E] of texts that the tokenizer has made ids of, integer [B, T]."""
         return self.model.encode_text(ids_BT.to(self.device, non_blocking=True)).embedding
 
-    def encode_labels(self, labels: Sequence[str], templates: Sequence[str] = ("{}",)) -> Tensor:
+    def encode_labels(self, labels: str | Sequence[str], templates: str | Sequence[str] = "{}") -> Tensor:
         """Returns a unit-norm vector for each label, [K, E]: the mean over prompts, normalised.
 
         Args:
-            labels: what may be in a picture.
-            templates: prompts with `{}` for the label.
+            labels: what may be in a picture, one or several.
+            templates: prompts with `{}` for the label, one or several.
 
         Raises:
             ValueError: if there are no labels, or a template has no place for one.
         """
+        labels, templates = _listed(labels, "label"), _listed(templates, "template")
         if not labels or not templates:
             raise ValueError("expected at least one label and one template, found none")
-        if wrong := [template for template in templates if template.count("{}") != 1]:
-            raise ValueError(f"the template {wrong[0]!r} has no place for the label, expected one {{}} in it")
+        if wrong := [template for template in templates if not _takes_label(template)]:
+            raise ValueError(
+                f"the template {wrong[0]!r} has no place for the label, or other braces: expected one {{}} in it, such "
+                f"as 'a photo of a {{}}'"
+            )
         with torch.inference_mode():
             return class_vectors(self, labels, templates, batch_size=64, alone=True)
 
@@ -157,17 +164,20 @@ class Model:
         """Returns the probability of each pair of embeddings, [B, K] float32: sigmoid(temperature x.y + bias)."""
         return self.model.logits(z_image_BE, z_text_KE).sigmoid()
 
-    def rank(self, image: Picture, labels: Sequence[str], *, templates: Sequence[str] = ("{}",)) -> list[Ranked]:
+    def rank(
+        self, image: Picture, labels: str | Sequence[str], *, templates: str | Sequence[str] = "{}"
+    ) -> list[Ranked]:
         """Returns the labels from best to worst, with the model's probabilities.
 
         Args:
             image: one picture.
-            labels: free texts.
-            templates: prompts with `{}` for the label, such as "a photo of a {}".
+            labels: free texts, one or several.
+            templates: prompts with `{}` for the label, such as "a photo of a {}"; one or several.
 
         Raises:
             ValueError: if the picture cannot be read, or there are no labels.
         """
+        labels = _listed(labels, "label")
         if len(pictures := each(image)) != 1:
             raise ValueError(f"rank() takes one picture, found {len(pictures)}")
         return self.ranked(self.encode_image(image), self.encode_labels(labels, templates), labels)[0]
@@ -191,3 +201,29 @@ class Model:
         _, height, width = pixels.shape
         side, seq_len = self.patchifier.patch_size, patches.patches.shape[1]
         return Explanation((height, width), (rows, columns), side, seq_len, resized)
+
+
+def _check(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
+
+
+def _listed(texts: str | Sequence[str], kind: str) -> list[str]:
+    """The texts of what may be one or several; a single one is not taken apart into its letters."""
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"{kind}s are {type(texts).__name__}, expected a text or several")
+    found = list(texts)
+    if wrong := [(i, text) for i, text in enumerate(found) if not isinstance(text, str)]:
+        i, text = wrong[0]
+        raise ValueError(f"{kind} {i} is {type(text).__name__}, expected a text")
+    return found
+
+
+def _takes_label(template: str) -> bool:
+    """Whether `template.format(label)` puts the label in one place; {{ and }} stand for braces."""
+    try:
+        return [field[1:] for field in Formatter().parse(template) if field[1] is not None] == [("", "", None)]
+    except ValueError:  # a single brace
+        return False

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from siglip2.core.batch import Patches, collate
 from siglip2.core.data.fields import BadSample, Fields, Sample
-from siglip2.core.data.predicting import find_pictures
+from siglip2.core.data.predicting import SUFFIXES, find_pictures
 from siglip2.core.data.source import Source, open_source
 from siglip2.core.data.storage import MAX_BYTES, is_local, read_for
 from siglip2.core.layout import Patchifier
@@ -23,15 +23,14 @@ class PictureFiles:
     """Picture files as a source; a sample's key is its path.
 
     Args:
-        specs: files, globs or folders.
+        specs: files, globs or folders, with the folders in them.
 
     Raises:
         FileNotFoundError: if one of them leads to no picture.
     """
 
     def __init__(self, specs: Sequence[str]) -> None:
-        self.name = " ".join(specs)
-        self.paths = [str(path) for path in find_pictures(specs)]
+        self.name, self.paths = " ".join(specs), all_pictures(specs)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -47,12 +46,38 @@ class PictureFiles:
         return sample
 
 
+def all_pictures(specs: Sequence[str]) -> list[str]:
+    """Returns the picture files behind files, globs and folders, with the folders in them, in order.
+
+    Hidden files and folders are left out, as `siglip2 embed` does.
+
+    Raises:
+        FileNotFoundError: if one of them leads to no picture.
+    """
+    found: list[str] = []
+    for spec in specs:
+        inside = _below(spec) if os.path.isdir(spec) else [str(path) for path in find_pictures([spec])]
+        if not inside:
+            raise FileNotFoundError(f"no picture in '{spec}' or the folders in it ({', '.join(SUFFIXES)})")
+        found += inside
+    return found
+
+
+def _below(root: str) -> list[str]:
+    found = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        pictures = [name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += [os.path.join(folder, name) for name in pictures]
+    return sorted(found)
+
+
 def open_pictures(specs: Sequence[str], *, fields: Fields | None = None) -> Source:
     """Opens pictures, whatever they are stored as.
 
     Args:
-        specs: image files, globs and folders of them; or shards (brace notation, a folder of *.tar, `a::b`, any fsspec
-            URL) or one table.
+        specs: image files, globs and folders of them, with the folders in those; or shards (brace notation, a folder of
+            *.tar, `a::b`, any fsspec URL) or one table.
         fields: where the picture is found in a sample of shards or a table.
 
     Raises:

@@ -6,6 +6,7 @@ Rows stay in the stored precision until a block is multiplied, so that memory is
 # Q queries, n rows of a block, k hits, E embedding dimension
 
 import glob
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from siglip2.core.data.embedding_file import EmbeddingFile, EmbeddingHead
+from siglip2.core.data.embedding_file import METADATA, EmbeddingFile, EmbeddingHead
 from siglip2.core.data.fields import Fields
 from siglip2.core.data.source import open_source
+from siglip2.core.data.storage import ByteFile
 
 SUFFIX = ".safetensors"
 BLOCK = 2**16  # rows that are multiplied at once: 200 MB of float32 at E = 768
@@ -168,7 +170,8 @@ def open_index(path: str, name: str | None = None) -> Index:
 
     Raises:
         FileNotFoundError: if there are none.
-        ValueError: if they have several names, were made by several checkpoints, or hold no pictures.
+        ValueError: if they have several names, were made by several checkpoints, hold no pictures, or a file is
+            damaged: leaving it out would leave its pictures out.
     """
     paths = _paths(path)
     files = [file for place in paths if (file := _opened(place)) and name in (None, file.head.name)]
@@ -200,5 +203,21 @@ def _opened(path: str) -> EmbeddingFile | None:
     """A file of embeddings; None for a safetensors file of something else."""
     try:
         return EmbeddingFile(path)
-    except ValueError:
-        return None
+    except ValueError as error:
+        if _is_something_else(path):
+            return None
+        raise ValueError(
+            f"{error}. Its pictures would not be found: write it again (`siglip2 embed` does, with the command that "
+            f"wrote it), or move it elsewhere"
+        ) from None
+
+
+def _is_something_else(path: str) -> bool:
+    """Whether a file has the header of safetensors, and says in it that it holds other things than embeddings."""
+    with ByteFile(path) as file:
+        length = int.from_bytes(file.read(0, min(8, file.size)), "little")
+        try:
+            header = json.loads(file.read(8, length)) if 8 + length <= file.size else None
+        except ValueError:
+            return False
+    return isinstance(header, dict) and METADATA not in (header.get("__metadata__") or {})
