@@ -22,6 +22,7 @@ SCALARS = ("model.logit_scale", "model.logit_bias")
 STEPS = ["--model.optimizer.init_args.lr=0.01", "--model.optimizer.init_args.eps=0.001"]
 SAVED, FROZEN = 2, 0.5  # steps of the first checkpoint and evaluation; share of the run with a frozen temperature
 SPIKE = ["--trainer.callbacks+=parallel_ranks.SaveInValidation", "--trainer.callbacks+=test_finetuning_ranks.Poison"]
+SPIKE += ["--plugins.ema_teacher.momentum=0.5", f"--plugins.ema_teacher.start={FROZEN}"]  # wakes in the step of it
 
 
 class Poison(Callback):

@@ -62,7 +62,10 @@ class StepSpecs:
 
     @hookspec
     def wake(self, model: "TwoTowers") -> None:
-        """Called once, before the plugin's first step; on resume only if the checkpoint has not seen it awake."""
+        """Called before the plugin's first step; on resume only if the checkpoint has not seen it awake.
+
+        Once, unless RewindSpikes goes back to before that step.
+        """
 
     @hookspec(firstresult=True)
     def curate(self, step: "Step") -> "Tensor | None":

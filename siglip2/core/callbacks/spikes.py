@@ -4,11 +4,12 @@ import logging
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -16,30 +17,31 @@ log = logging.getLogger(__name__)
 LEAST = 8  # losses that have to be known before one can stand out
 
 
-class Snapshot:
-    """What a step of a run changes: parameters, buffers and optimizer state, kept in the host's memory.
+def copied(tree: Any) -> Any:
+    """Returns a collection with copies of its tensors in the host's memory; of a sharded one, this rank's part."""
+    return apply_to_collection(tree, Tensor, lambda tensor: _own(tensor).detach().to("cpu", copy=True))
 
-    Of a sharded model each rank keeps its own part.
+
+class Snapshot:
+    """What a step of a run changes: parameters, buffers, who is awake, and optimizer state, kept in the host's memory.
 
     Args:
-        module: whose tensors are kept.
+        module: the SigLIP2Module whose tensors are kept.
         optimizer: of the run.
         step: optimizer steps done.
+        copy: makes copies of a collection's tensors in the host's memory.
     """
 
-    def __init__(self, module: torch.nn.Module, optimizer: Any, step: int):
+    def __init__(self, module: Any, optimizer: Any, step: int, copy: Callable[[Any], Any] = copied):
         self.step = step
-        self._tensors = [_kept(tensor) for tensor in _tensors_of(module)]
-        self._moments = [
-            {key: _kept(value) if isinstance(value, Tensor) else value for key, value in optimizer.state[p].items()}
-            if p in optimizer.state
-            else None
-            for p in _trained_by(optimizer)
-        ]
+        self._woken = frozenset(module.woken)
+        moments = [optimizer.state.get(parameter) for parameter in _trained_by(optimizer)]
+        self._tensors, self._moments = copy((_tensors_of(module), moments))
 
     @torch.no_grad()
-    def restore(self, module: torch.nn.Module, optimizer: Any) -> None:
-        """Writes everything back, in place."""
+    def restore(self, module: Any, optimizer: Any) -> None:
+        """Writes everything back, in place; a plugin that woke since then will be woken again."""
+        module.woken = set(self._woken)
         for tensor, kept in zip(_tensors_of(module), self._tensors, strict=True):
             _own(tensor).copy_(kept)
         for parameter, state in zip(_trained_by(optimizer), self._moments, strict=True):
@@ -52,10 +54,6 @@ class Snapshot:
                     _own(now[key]).copy_(value)
                 else:
                     now[key] = value
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    return _own(tensor).detach().to("cpu", copy=True)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -80,9 +78,13 @@ class RewindSpikes(Callback):
     (https://arxiv.org/abs/2204.02311, section 5.1). A loss is a spike if it is not finite, or above the median of the
     last ones by more than `threshold` times their median deviation and by `least` nats.
 
+    Whether weights are good is known from the loss of the step after them. Until then the snapshot before is kept, too,
+    and is what the run goes back to if it has gone back to the new one and the loss is a spike again.
+
     Nothing here is drawn at random: the same run rewinds in the same places. A snapshot is also taken whenever a
-    checkpoint is saved, so that a run that is resumed from it rewinds to the same weights. Reading a loss makes the
-    device wait once a step.
+    checkpoint is saved, so that a run that is resumed from it rewinds to the same weights; the one before is not in
+    the checkpoint. Reading a loss makes the device wait once a step. A snapshot takes host memory for what is trained,
+    its teachers and its optimizer state, twice that in the step after it was taken.
 
     Args:
         every: steps between snapshots.
@@ -106,8 +108,9 @@ class RewindSpikes(Callback):
         self.every, self.threshold, self.least, self.attempts = every, threshold, least, attempts
         self.losses: deque[float] = deque(maxlen=window)
         self.rewinds: list[dict[str, float]] = []
-        self._good: Snapshot | None = None
+        self._snapshots: list[Snapshot] = []  # one that a good loss followed; behind it one that has seen no loss yet
         self._due = False
+        self._tried = False  # the run went back to the last one, and no good loss has followed
         self._part: list[float] = []
 
     def is_spike(self, loss: float) -> bool:
@@ -121,11 +124,23 @@ class RewindSpikes(Callback):
         return loss > middle + max(self.threshold * deviation, self.least)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._keep(trainer, pl_module)
+        self._snapshots, self._due, self._tried = [], True, False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._due:
-            self._keep(trainer, pl_module)
+        """Takes the snapshot that is due.
+
+        Not where it became due: a checkpoint may be saved before the loss of its step was looked at, or in an
+        evaluation, where FSDP2's ranks have whole parameters and would keep those instead of their parts.
+        """
+        if not self._due:
+            return
+        if self._tried:  # the weights are still those of the last snapshot
+            self._snapshots[-1].step = trainer.global_step
+        else:
+            # a strategy says how if it knows better: `xla_spmd` would compile a program for each tensor in parts
+            copy = getattr(trainer.strategy, "copy_to_cpu", copied)
+            self._snapshots[1:] = [Snapshot(pl_module, trainer.optimizers[0], trainer.global_step, copy)]
+        self._due = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -141,15 +156,12 @@ class RewindSpikes(Callback):
             self._rewind(trainer, pl_module, loss_of_step)
             return
         self.losses.append(loss_of_step)
-        if self._good is None or trainer.global_step - self._good.step >= self.every:
-            self._keep(trainer, pl_module)
-
-    def _keep(self, trainer: Trainer, module: LightningModule) -> None:
-        self._good, self._due = Snapshot(module, trainer.optimizers[0], trainer.global_step), False
+        del self._snapshots[:-1]
+        self._tried = False
+        self._due |= trainer.global_step - self._snapshots[-1].step >= self.every
 
     def _rewind(self, trainer: Trainer, module: LightningModule, loss: float) -> None:
-        good, step = self._good, trainer.global_step
-        assert good is not None  # taken before the first step
+        step = trainer.global_step
         usual = statistics.median(self.losses) if self.losses else math.nan
         if len(self.rewinds) >= self.attempts:
             steps = ", ".join(f"{rewind['step']:.0f}" for rewind in self.rewinds)
@@ -158,6 +170,8 @@ class RewindSpikes(Callback):
                 f"the steps {steps}. This is no single bad batch: lower "
                 f"model.optimizer.init_args.lr, or look at the data of these steps"
             )
+        bad = self._snapshots.pop() if self._tried and len(self._snapshots) > 1 else None
+        good, self._tried = self._snapshots[-1], True
         good.restore(module, trainer.optimizers[0])
         self.rewinds.append({"step": step, "to": good.step, "loss": loss, "usual": usual})
         if not trainer.is_global_zero:
@@ -167,12 +181,16 @@ class RewindSpikes(Callback):
             "batch; the %d since then are left out (rewind %d of %d)",
             *(loss, step, usual, good.step, step - good.step, len(self.rewinds), self.attempts),
         )
+        if bad is not None:
+            log.warning(
+                "the weights of step %d were bad themselves, and so are those of a checkpoint saved then", bad.step
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._snapshots = []  # whole copies of the model, which the strategy `xla` would carry out of its replicas
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.validating:  # FSDP2's ranks have whole parameters then, and would keep those instead of their parts
-            self._due = trainer.state.fn == TrainerFn.FITTING
-        elif trainer.state.fn == TrainerFn.FITTING:
-            self._keep(trainer, pl_module)
+        self._due = True
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": list(self.losses), "rewinds": self.rewinds}

@@ -1,6 +1,7 @@
 """A loss that jumps takes the run back to weights from before it, the same ones every time, and not for ever."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -29,15 +30,35 @@ class Poison(Callback):
         self.losses[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
 
 
+class NoNumber(Callback):
+    """Makes the gradients of one step NaN, behind a loss like any other."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step + 1 == self.at:
+            for parameter in pl_module.parameters():
+                parameter.grad.fill_(math.nan)
+
+
+class SaveFirst(Poison):
+    """Saves the step of the jump before the detector has looked at its loss."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.at:
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/jumped.ckpt")
+
+
 @pytest.fixture
 def train(tiny_recipe, tmp_path):
-    """Trains under a detector and a poison; returns both and the module."""
+    """Trains under a detector and what troubles it, listed before it or behind; returns detector and CLI."""
 
-    def run(poison, folder="run", start=None, **options):
-        words = [*tiny_recipe, f"--trainer.max_steps={STEPS}", f"--trainer.default_root_dir={tmp_path / folder}"]
-        cli = SigLIP2CLI(words, command="fit")
+    def run(*trouble, folder="run", start=None, words=(), before=False, **options):
+        words = [*tiny_recipe, f"--trainer.max_steps={STEPS}", *words]
+        cli = SigLIP2CLI([*words, f"--trainer.default_root_dir={tmp_path / folder}"], command="fit")
         detector = RewindSpikes(**{"every": EVERY, "window": 16, "least": 5.0, **options})
-        cli.trainer.callbacks[:0] = [detector, poison]
+        cli.trainer.callbacks[:0] = [*trouble, detector] if before else [detector, *trouble]
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=start)
         return detector, cli
 
@@ -62,7 +83,7 @@ def test_optimizer_goes_back_with_the_weights(train):
 
 
 def test_same_run_rewinds_to_the_same_bits(train):
-    ends = [train(Poison(), folder)[1].model.state_dict() for folder in ("a", "b")]
+    ends = [train(Poison(), folder=folder)[1].model.state_dict() for folder in ("a", "b")]
     assert [name for name, tensor in ends[0].items() if not torch.equal(tensor, ends[1][name])] == []
 
 
@@ -83,6 +104,48 @@ def test_losses_and_rewinds_are_in_the_checkpoint(train, tmp_path):
     again.load_state_dict(saved)
     assert again.rewinds == detector.rewinds
     assert list(again.losses) == list(detector.losses)
+
+
+def test_teacher_that_woke_since_the_snapshot_is_woken_again(train):
+    words = ["--plugins.ema_teacher.momentum=0.5", f"--plugins.ema_teacher.start={12 / STEPS}"]
+    _, cli = train(poison := Poison(), words=words)
+    name = "vision.blocks.0.mlp.fc1.weight"
+    asleep, woken, moved = (poison.states[step][f"plugins.ema_teacher.{name}"] for step in (10, BAD - 1, BAD + 1))
+    kept, trained = poison.states[BAD][f"model.{name}"], poison.states[BAD + 1][f"model.{name}"]
+    assert not torch.equal(woken, asleep)  # it woke in step 13, and the spike came in step 14
+    assert torch.equal(poison.states[BAD][f"plugins.ema_teacher.{name}"], asleep)
+    torch.testing.assert_close(moved, (kept + trained) / 2)
+    assert cli.model.woken == {"fixed", "sigmoid", "ema_teacher"}
+
+
+def test_weights_that_a_bad_gradient_ruined_are_left_behind(train, capsys):
+    """They are what the checkpoint of step 10 holds and what the snapshot of that step kept; that of step 5 is good."""
+    detector, cli = train(NoNumber(at=10))
+    assert [(rewind["step"], rewind["to"]) for rewind in detector.rewinds] == [(11, 10), (12, 5)]
+    assert all(tensor.isfinite().all() for tensor in cli.model.state_dict().values())
+    assert "weights of step 10 were bad themselves" in " ".join(capsys.readouterr().err.split())
+
+
+def test_ruined_weights_are_left_behind_even_if_every_step_is_saved(train):
+    saving = {"every_n_train_steps": 1, "save_top_k": -1, "dirpath": None}
+    words = [f"--trainer.callbacks.init_args.{option}={value}" for option, value in saving.items()]
+    detector, cli = train(NoNumber(at=10), words=words)
+    assert [(rewind["step"], rewind["to"]) for rewind in detector.rewinds] == [(11, 10), (12, 9)]
+    assert all(tensor.isfinite().all() for tensor in cli.model.state_dict().values())
+
+
+def test_checkpoint_saved_before_the_loss_was_looked_at_is_nothing_to_go_back_to(train):
+    detector, _ = train(poison := SaveFirst(), before=True)
+    assert [(rewind["step"], rewind["to"]) for rewind in detector.rewinds] == [(BAD, 10)]
+    before, after = poison.states[10], poison.states[BAD]
+    assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []
+
+
+def test_no_copy_of_the_model_is_left_when_the_run_is_through(train):
+    """The strategy `xla` pickles what callbacks hold in the end; `log` and `log_dict` are Lightning's."""
+    detector, _ = train(Poison())
+    held = {name: value for name, value in vars(detector).items() if name not in ("log", "log_dict")}
+    assert len(pickle.dumps(held)) < 10_000
 
 
 def test_loss_that_keeps_jumping_ends_the_run(train):
