@@ -129,7 +129,9 @@ def test_openclip_loads_from_the_final_folder_and_not_from_where_it_was_written(
     open_clip = pytest.importorskip("open_clip")
     out = tmp_path / "out"
     main(["export", str(square), "--to", "open_clip", "--out", str(out)])
-    assert max(parity_of(capsys.readouterr().out)[:2]) <= 1e-5
+    printed = capsys.readouterr().out
+    assert max(parity_of(printed)[:2]) <= 1e-5
+    assert "warning: open_clip will not load this folder from another place" in printed
     model = open_clip.create_model(f"local-dir:{out}").eval()  # its configuration names trunk/ by its whole path
     weights = read_weights(str(square))
     ids = random_inputs(weights).ids

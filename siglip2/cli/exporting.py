@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from siglip2.core.interop import export, onnx, torch_export
+from siglip2.core.interop import export, onnx, open_clip, torch_export
 from siglip2.core.interop.contracts import CONTRACT_FILE
 from siglip2.core.interop.detect import read_weights
 from siglip2.core.interop.export import TARGETS, Target, Written
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     done = export_to(args.weights, args.to, args.out, overwrite=args.overwrite, check=not args.no_check)
     print(f"{done.folder}: {', '.join(done.files)}")
     for note in done.notes:
-        print(f"note: {note}")
+        print(f"{'warning' if note == open_clip.TIED else 'note'}: {note}")
     print(f"load: {done.load}")
     if done.parity is None:
         print("parity: not compared" + ("" if args.no_check else f", for nothing that loads {args.to} is installed"))

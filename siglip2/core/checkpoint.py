@@ -7,6 +7,8 @@ fresh, what the file has beyond the recipe is dropped, both are reported by name
 import contextlib
 import logging
 import os
+import pickle
+import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+NEVER_EXECUTED = "and nothing but tensors and plain values is ever loaded: what else a file holds could run any code"
 ABANDONED_S = 3600.0  # a half-written file that nobody has written to for so long was left by a killed run
 
 
@@ -112,12 +115,28 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}: give the .ckpt file that `siglip2 fit` wrote") from None
     except Exception as error:
+        if name := refused_class(error):
+            raise ValueError(f"{path} is refused: it is a pickle that holds {name}, {NEVER_EXECUTED}") from error
         raise ValueError(
-            f"{path} cannot be read as a checkpoint ({error}): it may be cut short; try an earlier one"
+            f"{path} cannot be read as a checkpoint ({reason_of(error)}): it may be cut short; try an earlier one"
         ) from error
     if "siglip2" not in checkpoint:
         raise ValueError(f"{path} was not written by siglip2 (it holds {', '.join(map(str, list(checkpoint)[:5]))})")
     return checkpoint
+
+
+def refused_class(error: Exception) -> str | None:
+    """Returns the class or function for which torch refused a pickle, None if an error says of none."""
+    found = re.search(r"\bGLOBAL (\S+)|`add_safe_globals`,? but got (?:<class ')?([\w.]+)", str(error))
+    return found[1] or found[2] if found else None
+
+
+def reason_of(error: Exception) -> str:
+    """Returns the first line of an error of `torch.load`, without torch's advice to load the file unsafely."""
+    if isinstance(error, pickle.UnpicklingError):
+        said = str(error).partition("WeightsUnpickler error:")[2]
+        return next(iter(said.split("\n\nCheck the")[0].strip().splitlines()), "no pickle of tensors and plain values")
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def newest_checkpoint(folders: Iterable[str]) -> str | None:

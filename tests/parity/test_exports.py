@@ -1,6 +1,7 @@
 """Files that transformers, open_clip and timm wrote themselves, read and written again, and what they load of ours."""
 
 import json
+import subprocess
 from dataclasses import replace
 
 import open_clip
@@ -190,6 +191,33 @@ def test_folder_of_open_clip_that_was_moved_is_still_read(make_weights, tmp_path
     write(weights, "open_clip", tmp_path / "here", check=False)
     (tmp_path / "here").rename(tmp_path / "there")
     assert read_weights(str(tmp_path / "there")).vision == weights.vision
+
+
+def test_folder_of_open_clip_that_was_moved_is_mended_by_one_command(make_weights, tmp_path):
+    weights = make_weights(native=False)
+    notes = write(weights, "open_clip", tmp_path / "here", check=False).notes
+    (tmp_path / "here").rename(tmp_path / "a place with blanks")
+    folder = tmp_path / "a place with blanks"
+    with pytest.raises((RuntimeError, OSError, AssertionError)):
+        open_clip.create_model(f"local-dir:{folder}")
+    (command,) = [note.partition("run in the folder: ")[2] for note in notes if "from another place" in note]
+    subprocess.run(["sh", "-c", command], cwd=folder, check=True)
+    inputs = random_inputs(weights)
+    with torch.no_grad():
+        theirs = open_clip.create_model(f"local-dir:{folder}").eval().encode_image(inputs.pixels, normalize=True)
+        ours = weights.towers().encode_image(inputs.images).embedding
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=TOLERANCE)
+
+
+def test_layer_that_transformers_misses_is_missed_here(tmp_path):
+    hf_model(native=False).save_pretrained(tmp_path)
+    tensors, layer = load_file(tmp_path / "model.safetensors"), "vision_model.encoder.layers.1."
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(layer)}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, about = SiglipModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert len(about["missing_keys"]) == 16
+    with pytest.raises(ValueError, match=f"16 are missing .{layer}"):
+        read_weights(str(tmp_path))
 
 
 def test_without_its_trunk_folder_open_clip_would_compute_an_exact_gelu(make_weights, tmp_path):

@@ -16,7 +16,7 @@ from torch import Tensor
 from siglip2.core.interop.contracts import read_contract, read_tokenizer_files
 from siglip2.core.interop.files import write_npz
 from siglip2.core.interop.names import ONE_CELLS, ONE_ROW, Entry, Form, depth_of, expanded, read_names, write_names
-from siglip2.core.interop.published import nearest_to
+from siglip2.core.interop.published import nearest, nearest_to, undescribed
 from siglip2.core.interop.weights import NO_HEAD, Weights, assemble, identity_head, measure, native_pixels
 
 PREFIX, LAYERS, LAYER = "params/", "/encoderblock/", "/encoderblock_"
@@ -122,14 +122,16 @@ def read(arrays: Mapping[str, Tensor], place: str, folder: Path | None = None) -
         ValueError: if they are of another architecture, or incomplete.
     """
     named = one_by_one({n.removeprefix(PREFIX): t for n, t in arrays.items()})
-    like = nearest_to({n: t.permute(3, 2, 0, 1) if n == KERNEL and t.ndim == 4 else t for n, t in named.items()})
-    if KERNEL not in named or f"img/MAPHead_0/{ATTENTION}/query/bias" not in named:
-        raise ValueError(f"{place} does not hold the two towers of a SigLIP of big_vision. {like}")
-    native = named[KERNEL].ndim == 2
     depths = {
         "vision": depth_of(named, f"img/Transformer{LAYER}{{i}}/"),
         "text": depth_of(named, f"txt/Encoder_0{LAYER}{{i}}/"),
     }
+    like = _like(named, depths["vision"])
+    if KERNEL not in named or f"img/MAPHead_0/{ATTENTION}/query/bias" not in named:
+        raise ValueError(f"{place} does not hold the two towers of a SigLIP of big_vision. {like}")
+    native = named[KERNEL].ndim == 2
+    contract = read_contract(folder) if folder else {}
+    depths |= contract.get("depth") or {}
     notes: tuple[str, ...] = ("an npz file says nothing of texts and pixels",)
     if f"{HEAD}/kernel" not in named and "txt/Encoder_0/encoder_norm/bias" in named:
         head = identity_head(named["txt/Encoder_0/encoder_norm/bias"])
@@ -139,15 +141,27 @@ def read(arrays: Mapping[str, Tensor], place: str, folder: Path | None = None) -
     first = f"{LAYER}0/{ATTENTION}/query/bias"  # [H, h]
     heads = {"vision": len(named[f"img/Transformer{first}"]), "text": len(named[f"txt/Encoder_0{first}"])}
     sizes = measure(state, place)
+    if not contract.get("depth"):
+        towers = {"vision": sizes.vision, "text": sizes.text or sizes.vision}
+        notes += tuple(note for name, tower in towers.items() for note in undescribed(name, tower.width, tower.depth))
     found: dict[str, Any] = {
         "pixels": native_pixels(sizes.patch_size, sizes.grid[0]) if native else None,
         "tokenizer": None,
-        "gelus": read_contract(folder).get("gelu") if folder else None,  # which big_vision itself does not have
+        "gelus": contract.get("gelu"),  # which big_vision itself does not have
     }
-    if folder is not None and (pixels := read_contract(folder).get("pixels")):
+    if folder is not None and (pixels := contract.get("pixels")):
         tokenizer, about = read_tokenizer_files(folder, rows=sizes.vocab_size, length=sizes.context_length)
         found, notes = {**found, "pixels": pixels, "tokenizer": tokenizer}, (*notes[1:], *about)
     return assemble("big_vision", state, place=place, heads=heads, native=native, notes=notes, **found)
+
+
+def _like(named: Mapping[str, Tensor], depth: int) -> str:
+    """The nearest released shape, of arrays that may be of anything."""
+    kernel = named.get(KERNEL)
+    if kernel is None or kernel.ndim not in (2, 4) or not kernel.numel():
+        return nearest_to(named)
+    patch = kernel.shape[0] if kernel.ndim == 4 else round((kernel.shape[0] / 3) ** 0.5)
+    return nearest(kernel.shape[-1], depth or None, patch)
 
 
 def arrays_of(weights: Weights, *, scan: bool = True) -> dict[str, Tensor]:

@@ -23,9 +23,10 @@ CANONICAL = ("SiglipTokenizer", "SiglipTokenizerFast")  # which strips punctuati
 
 
 def write_contract(folder: Path, weights: Weights) -> None:
-    """Writes both contracts and the GELU of each tower as plain values; no other library reads that file."""
+    """Writes both contracts, GELU and depth of each tower as plain values; no other library reads that file."""
     text = weights.tokenizer.contract.to_dict() if weights.tokenizer else None
-    write_json(folder / CONTRACT_FILE, {"text": text, "pixels": weights.pixels, "gelu": weights.gelus})
+    towers = {"gelu": weights.gelus, "depth": weights.depths}
+    write_json(folder / CONTRACT_FILE, {"text": text, "pixels": weights.pixels, **towers})
 
 
 def read_contract(folder: Path) -> dict[str, Any]:

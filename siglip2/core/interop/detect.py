@@ -1,6 +1,7 @@
 """Weights from a path or a hub id, of whatever format is there."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from siglip2.core.model.sizes import ShapeOptions, size_named
 OURS = ".ckpt"
 FOREIGN = (".npz", ".safetensors", ".bin", ".pt", ".pth", ".json")
 SMALL, LARGE = ["*.json", "*.safetensors", "*.model"], ["*.bin", "*.npz"]
+MALFORMED = (TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError, RuntimeError)
 READABLE = (
     "a checkpoint of ours, a folder or hub id of transformers (SiglipModel, Siglip2Model) or open_clip, a trunk of "
     "timm, or an npz file of big_vision"
@@ -72,6 +74,35 @@ def read_folder(folder: Path) -> Weights:
     Raises:
         ValueError: if it holds none, or they cannot be read.
     """
+    with _understanding(folder):
+        return _read_folder(folder)
+
+
+def read_file(path: Path) -> Weights:
+    """Returns the weights in a file of any library.
+
+    Raises:
+        ValueError: if it is damaged, or of another architecture.
+    """
+    with _understanding(path):
+        return _read_file(path)
+
+
+@contextlib.contextmanager
+def _understanding(place: Path) -> Iterator[None]:
+    """Turns what a value of the wrong kind in a configuration raises, wherever it is read, into one ValueError."""
+    unclear = f"{place}: its configuration cannot be understood"
+    try:
+        yield
+    except MALFORMED as error:
+        raise ValueError(f"{unclear} ({type(error).__name__}: {error})") from error
+    except ValueError as error:  # ours name the place, or the folder that it lies in
+        if str(place) in str(error) or (place.is_file() and str(place.parent) in str(error)):
+            raise
+        raise ValueError(f"{unclear} ({error})") from error
+
+
+def _read_folder(folder: Path) -> Weights:
     if (folder / open_clip.CONFIG_FILE).is_file():
         return open_clip.read_folder(folder)
     if (folder / "config.json").is_file():
@@ -84,22 +115,17 @@ def read_folder(folder: Path) -> Weights:
         return timm_trunk.read(folder, read_safetensors(file), str(folder))
     arrays = sorted(folder.glob("*.npz"))
     if len(arrays) == 1:
-        return read_file(arrays[0])
+        return _read_file(arrays[0])
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
     raise ValueError(f"{folder} holds no weights that can be read (it holds {found}): expected {READABLE}")
 
 
-def read_file(path: Path) -> Weights:
-    """Returns the weights in a file of any library.
-
-    Raises:
-        ValueError: if it is damaged, or of another architecture.
-    """
+def _read_file(path: Path) -> Weights:
     beside = path.parent
     if path.suffix == ".npz":
         return big_vision.read(read_npz(path), str(path), beside if (beside / CONTRACT_FILE).is_file() else None)
     if path.name.endswith(".index.json"):
-        return read_folder(beside)
+        return _read_folder(beside)
     content: Mapping[str, Any] = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     if "siglip2" in content:
         return of_checkpoint(content, str(path))

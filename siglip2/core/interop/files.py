@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from siglip2.core.checkpoint import NEVER_EXECUTED, reason_of, refused_class
+
 CUT_SHORT = "it may be half-written or damaged; copy or download it again"
 
 
@@ -78,13 +80,13 @@ def read_pickle(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # torch finds some pickles unusual before it refuses them
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        held = refused_class(error) or f"something else than tensors ({reason_of(error)})"
         raise ValueError(
-            f"{path} is refused: it is a pickle that cannot be loaded as tensors and plain values alone, and nothing "
-            f"else is ever executed ({reason}). Have its owner save the state dict as safetensors"
+            f"{path} is refused: it is a pickle that holds {held}, {NEVER_EXECUTED}. Have its owner save the state "
+            "dict as safetensors"
         ) from error
     except Exception as error:  # zipfile, RuntimeError or EOFError, as torch's reader happens to stumble
-        raise ValueError(f"{path} cannot be read as a torch file ({error}): {CUT_SHORT}") from error
+        raise ValueError(f"{path} cannot be read as a torch file ({reason_of(error)}): {CUT_SHORT}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
     return content
@@ -112,11 +114,18 @@ def read_npz(path: Path) -> dict[str, Tensor]:
         refused = "allow_pickle" in str(error) or "pickled" in str(error)
         what = "it holds Python objects, which are never executed" if refused else CUT_SHORT
         raise ValueError(f"{path} cannot be read as npz ({error}): {what}") from error
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiub" and not _is_bfloat16(array):
+            raise ValueError(f"{path}: the array '{name}' has the type {array.dtype}, expected numbers")
     return {name: _tensor(array) for name, array in arrays.items()}
 
 
+def _is_bfloat16(array: Any) -> bool:
+    return bool(array.dtype.kind == "V" and array.dtype.itemsize == 2)  # JAX saves it so
+
+
 def _tensor(array: Any) -> Tensor:
-    if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # JAX saves bfloat16 so
+    if _is_bfloat16(array):
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array)
 

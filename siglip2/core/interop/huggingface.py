@@ -26,6 +26,8 @@ from siglip2.core.interop.weights import (
     Sizes,
     Weights,
     assemble,
+    check_pixels,
+    compare,
     exact_gelu,
     identity_head,
     measure,
@@ -40,7 +42,13 @@ HIDDEN_ACT: dict[Gelu, str] = {"tanh": "gelu_pytorch_tanh", "exact": "gelu"}
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 EPSILON = 1e-6
 # what a config.json may leave out, from configuration_siglip.py and configuration_siglip2.py
-DEFAULTS = {"num_attention_heads": 12, "hidden_act": HIDDEN_ACT["tanh"], "layer_norm_eps": EPSILON}
+COMMON: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+COMMON |= {"num_attention_heads": 12, "hidden_act": HIDDEN_ACT["tanh"], "layer_norm_eps": EPSILON}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "vision": COMMON | {"image_size": 224, "patch_size": 16, "num_patches": 256, "num_channels": 3},
+    "text": COMMON | {"vocab_size": 32000, "max_position_embeddings": 64, "projection_size": None},
+}
+PROCESSED = {"image_mean": 0.5, "image_std": 0.5, "rescale_factor": 1 / 255, "do_rescale": True, "do_normalize": True}
 PROCESSOR_SAYS = (16, 256)  # patch_size and max_num_patches of Siglip2Processor, whatever its image processor has
 IGNORED = ("position_ids",)  # buffers that older versions saved
 OTHER_CLASS = (
@@ -110,7 +118,7 @@ def read(folder: Path) -> Weights:
     if kind not in MODEL_TYPES:
         raise ValueError(f"{folder} holds a model of type '{kind}', expected {' or '.join(MODEL_TYPES)}")
     native = MODEL_TYPES[str(kind)]
-    towers = {name: DEFAULTS | config.get(f"{name}_config", {}) for name in ("vision", "text")}
+    towers = {name: default | (config.get(f"{name}_config") or {}) for name, default in DEFAULTS.items()}
     gelus = {name: _gelu(folder, name, tower) for name, tower in towers.items()}
     notes = [exact_gelu(name) for name, gelu in gelus.items() if gelu == "exact"]
     theirs = {n: t for n, t in _tensors(folder).items() if not n.endswith(IGNORED)}
@@ -119,13 +127,15 @@ def read(folder: Path) -> Weights:
         notes.append(NO_HEAD)
     depths = {name: depth_of(theirs, f"{name}_model.encoder.layers.{{i}}.") for name in towers}
     vision = towers["vision"]
-    width = int(vision.get("hidden_size", 768))
-    like = nearest(width, depths["vision"] or int(vision.get("num_hidden_layers", 12)), vision.get("patch_size"))
+    like = nearest(vision["hidden_size"], depths["vision"] or None, _side(folder, vision["patch_size"]))
+    # not as many as are there: a file may have lost its last ones
+    depths = {name: tower["num_hidden_layers"] for name, tower in towers.items()}
     state = read_names(theirs, expanded(table(native=native), depths), place=str(folder), like=like)
     sizes = measure(state, str(folder))
-    _check_config(folder, towers, sizes, like)
+    _check_config(folder, towers, sizes, like, native=native)
     tokenizer, about = read_tokenizer_files(folder, rows=sizes.vocab_size, length=sizes.context_length)
-    pixels = read_contract(folder).get("pixels") or _read_pixels(folder, sizes, native=native)
+    processed = _read_pixels(folder, sizes, native=native)
+    pixels = read_contract(folder).get("pixels") or processed
     heads = {name: int(tower["num_attention_heads"]) for name, tower in towers.items()}
     found = {"gelus": gelus, "pixels": pixels, "tokenizer": tokenizer, "notes": (*notes, *about)}
     return assemble("hf", state, place=str(folder), heads=heads, native=native, **found)
@@ -147,27 +157,41 @@ def _gelu(folder: Path, name: str, tower: Mapping[str, Any]) -> Gelu:
     act, eps = tower["hidden_act"], tower["layer_norm_eps"]
     if not tower.get("vision_use_head", True):
         raise ValueError(f"{folder}: the {name} tower has no MAP head (vision_use_head is false), expected one")
-    if abs(eps - EPSILON) > 1e-9:
+    if not abs(eps - EPSILON) <= 1e-9:
         raise ValueError(f"{folder}: layer_norm_eps of the {name} tower is {eps}, every SigLIP has {EPSILON}")
     if act not in ACTS:
         raise ValueError(f"{folder}: the {name} tower's hidden_act is '{act}', expected {' or '.join(ACTS)}")
     return ACTS[act]
 
 
-def _check_config(folder: Path, towers: Mapping[str, Mapping[str, Any]], sizes: Sizes, like: str) -> None:
-    found = {
-        ("vision", "hidden_size"): sizes.vision.width,
-        ("text", "hidden_size"): sizes.text.width if sizes.text else 0,
-        ("text", "vocab_size"): sizes.vocab_size,
-        ("text", "max_position_embeddings"): sizes.context_length,
-        ("vision", "patch_size"): sizes.patch_size,
-    }
-    for (tower, key), value in found.items():
-        said = towers[tower].get(key, value)
-        if said != value:
-            raise ValueError(
-                f"{folder}: config.json says {key} {said} of the {tower} tower, the tensors have {value}. {like}"
-            )
+def _side(folder: Path, value: Any) -> Any:
+    """A side in pixels, which may be written as two."""
+    rows, columns = value if isinstance(value, list) else (value, value)
+    if rows != columns:
+        raise ValueError(f"{folder}: config.json says {rows} x {columns} px, expected squares")
+    return rows
+
+
+def _check_config(
+    folder: Path, towers: Mapping[str, Mapping[str, Any]], sizes: Sizes, like: str, *, native: bool
+) -> None:
+    shapes, said = {"vision": sizes.vision, "text": sizes.text or sizes.vision}, towers["text"]
+    for name, tower in towers.items():
+        found = {"hidden_size": shapes[name].width, "intermediate_size": shapes[name].mlp_dim}
+        compare(str(folder), "config.json", name, said=tower, found=found, like=like)
+    said = {**said, "projection_size": said["projection_size"] or said["hidden_size"]}
+    words: dict[str, Any] = {"vocab_size": sizes.vocab_size, "max_position_embeddings": sizes.context_length}
+    words |= {"projection_size": sizes.vision.width}
+    compare(str(folder), "config.json", "text", said=said, found=words, like=like)
+    said = {**towers["vision"], "patch_size": _side(folder, towers["vision"]["patch_size"])}
+    images = {"patch_size": sizes.patch_size, "num_channels": 3}
+    images |= {"num_patches": sizes.grid[0] * sizes.grid[1]} if native else {}
+    compare(str(folder), "config.json", "vision", said=said, found=images, like=like)
+    if not native and _side(folder, said["image_size"]) // sizes.patch_size != sizes.grid[0]:
+        raise ValueError(
+            f"{folder}: config.json says image_size {said['image_size']} of the vision tower, the tensors have a "
+            f"position table of {sizes.grid[0]} x {sizes.grid[1]} patches of {sizes.patch_size} px. {like}"
+        )
 
 
 def _read_pixels(folder: Path, sizes: Sizes, *, native: bool) -> dict[str, Any] | None:
@@ -179,16 +203,16 @@ def _read_pixels(folder: Path, sizes: Sizes, *, native: bool) -> dict[str, Any] 
             return None
         found = read_json(older)
     side, patch_size = sizes.grid[0], sizes.patch_size
-    for key in ("image_mean", "image_std"):
-        if found.get(key) not in (None, [0.5] * 3, 0.5):
-            raise ValueError(f"{folder}: {key} is {found[key]}, and our towers read pixels of mean and std 0.5")
+    check_pixels(str(folder), {key: value for key, value in found.items() if value is not None}, PROCESSED)
     if native:
         return native_pixels(patch_size, side)
-    size = found.get("size", {})
+    size = found.get("size") or side * patch_size
+    # an int in older files
+    rows, columns = (size.get("height"), size.get("width")) if isinstance(size, Mapping) else (size, size)
     filter = RESAMPLE.get(found.get("resample", 3))
-    if filter is None or size.get("height") != size.get("width"):
+    if filter is None or not rows or rows != columns or not found.get("do_resize", True):
         return None  # a resize that we do not have
-    return square_pixels(size.get("height", side * patch_size), patch_size, filter=filter)
+    return square_pixels(rows, patch_size, filter=filter)
 
 
 def write(weights: Weights, folder: Path) -> list[str]:

@@ -20,12 +20,14 @@ from siglip2.core.interop.files import (
     write_safetensors,
 )
 from siglip2.core.interop.names import SCALAR, Entry, depth_of, expanded, linear, read_names, write_names
-from siglip2.core.interop.published import heads_of, known_trunk, nearest_to
+from siglip2.core.interop.published import heads_of, known_trunk, nearest, nearest_to
 from siglip2.core.interop.weights import (
     NO_HEAD,
     Sizes,
     Weights,
     assemble,
+    check_pixels,
+    compare,
     exact_gelu,
     identity_head,
     measure,
@@ -36,9 +38,19 @@ from siglip2.core.model.sizes import Gelu
 
 CONFIG_FILE, TRUNK = "open_clip_config.json", "visual.trunk."
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
-DEFAULT_HEADS = 8  # of CLIPTextCfg
-APPROXIMATE: dict[Gelu, str] = {"tanh": "tanh", "exact": "none"}
 TRUNK_FOLDER, HEAD = "trunk", "text.text_projection"
+# what a configuration may leave out, from CLIPVisionCfg, CLIPTextCfg and torch's LayerNorm
+IMAGES: dict[str, Any] = {"image_size": 224, "timm_pool": "avg", "timm_proj": "linear"}
+WORDS: dict[str, Any] = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
+WORDS |= {"mlp_ratio": 4.0, "no_causal_mask": False, "pool_type": "argmax", "proj_type": "linear"}
+EPSILON, DEFAULT_EPSILON = 1e-6, 1e-5
+# open_clip 3.3 has no timm_model_kwargs, and timm looks for a path that is not whole in the current directory
+MEND = f"""sed -i.bak 's#local-dir:[^"]*#local-dir:'"$PWD/{TRUNK_FOLDER}"'#' {CONFIG_FILE}"""
+TIED = (
+    f"open_clip will not load this folder from another place: {CONFIG_FILE} names {TRUNK_FOLDER}/ by its whole path. "
+    f"After a move run in the folder: {MEND}"
+)
+APPROXIMATE: dict[Gelu, str] = {"tanh": "tanh", "exact": "none"}
 
 
 def _text() -> list[Entry]:
@@ -101,29 +113,34 @@ def read(
         ValueError: if they are of another architecture, or incomplete.
     """
     model = (config or {}).get("model_cfg", {})
-    images, words = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    images, words = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
+    images, words = images and IMAGES | images, words and WORDS | words
     trunk = {n: t for n, t in theirs.items() if n.startswith(TRUNK)}
     if not trunk or not {"logit_bias", "text.ln_final.weight"} <= set(theirs):
         raise ValueError(
             f"{place} is a model of open_clip, but no SigLIP: expected a trunk of timm (`{TRUNK}*`), a text tower of "
             f"its own, and a bias of the logits. {nearest_to(theirs)}"
         )
+    _refuse_others(place, model, images, words)
     found = trunk_of(str(images.get("timm_model_name", "")), images.get("timm_model_kwargs"), folder)
     state, vision, notes = timm_trunk.read_trunk(trunk, found, place=place, prefix=TRUNK)
-    depths = {"text": depth_of(theirs, "text.transformer.resblocks.{i}.")}
+    # not as many as are there, where the configuration says: a file may have lost its last ones
+    depths = {"text": words["layers"] if words else depth_of(theirs, "text.transformer.resblocks.{i}.")}
     rest = {n: t for n, t in theirs.items() if n not in trunk}
-    if f"{HEAD}.weight" not in rest:
+    if f"{HEAD}.weight" not in rest and words.get("proj_type", "none") == "none":
         rest |= {f"{HEAD}.{kind}": t for kind, t in identity_head(theirs["text.ln_final.weight"]).items()}
         notes.append(NO_HEAD)
+    elif words.get("proj_type") == "none":
+        raise ValueError(f"{place}: {CONFIG_FILE} says proj_type none of the text tower, the tensors have {HEAD}")
     state |= read_names(rest, expanded(text_table(), depths), place=place, like=nearest_to(trunk))
-    if model.get("quick_gelu"):
-        raise ValueError(f"{place}: open_clip gives its text tower the QuickGELU, expected a GELU, as every SigLIP has")
     exact = words and (words.get("act_kwargs") or {}).get("approximate") != "tanh"
     if exact:
         notes.append(exact_gelu("text"))
     sizes = measure(state, place)
+    timm_trunk.compare_trunk(vision, sizes, place)
+    _compare(place, model, images, words, sizes, native=timm_trunk.is_native(theirs, TRUNK))
     known_heads = heads_of(state["text.norm.weight"].shape[0], depths["text"])
-    text_heads = words.get("heads", DEFAULT_HEADS) if words else known_heads
+    text_heads = words["heads"] if words else known_heads
     if text_heads is None:
         raise ValueError(
             f"{place} does not say how many attention heads its text tower has, and no tensor does: put the "
@@ -135,6 +152,7 @@ def read(
         tokenizer, about = read_tokenizer_files(folder, rows=sizes.vocab_size, length=sizes.context_length, clean=clean)
         notes += about
     native = timm_trunk.is_native(theirs, TRUNK)
+    processed = _read_pixels(place, config or {}, sizes, native=native)
     pixels = read_contract(folder).get("pixels") if folder else None
     return assemble(
         "open_clip",
@@ -143,10 +161,56 @@ def read(
         heads={"vision": vision.heads, "text": text_heads},
         native=native,
         gelus={"vision": vision.gelu, "text": "exact" if exact else "tanh"},
-        pixels=pixels or _read_pixels(place, config or {}, sizes, native=native),
+        pixels=pixels or processed,
         tokenizer=tokenizer,
         notes=(*notes,),
     )
+
+
+def _refuse_others(place: str, model: Mapping[str, Any], images: Mapping[str, Any], words: Mapping[str, Any]) -> None:
+    """Raises ValueError where a configuration has open_clip compute something that our towers do not."""
+    if model.get("quick_gelu"):
+        raise ValueError(f"{place}: open_clip gives its text tower the QuickGELU, expected a GELU, as every SigLIP has")
+    wanted: list[tuple[str, Mapping[str, Any], str, Any]]
+    wanted = [("vision", images, "timm_pool", "map"), ("vision", images, "timm_proj", "none")]
+    wanted += [("text", words, "no_causal_mask", True), ("text", words, "pool_type", "last")]
+    for tower, said, key, value in wanted:
+        if said and said[key] != value:
+            raise ValueError(
+                f"{place}: {key} of the {tower} tower is {said[key]!r} in {CONFIG_FILE}, or by open_clip where it is "
+                f"left out; expected {value!r}, as every SigLIP has"
+            )
+    eps = (words.get("norm_kwargs") or {}).get("eps", DEFAULT_EPSILON)
+    if words and not abs(eps - EPSILON) <= 1e-9:
+        raise ValueError(
+            f"{place}: norm_kwargs of the text tower give an eps of {eps} ({DEFAULT_EPSILON} where {CONFIG_FILE} has "
+            f"none), every SigLIP has {EPSILON}"
+        )
+
+
+def _compare(
+    place: str,
+    model: Mapping[str, Any],
+    images: Mapping[str, Any],
+    words: Mapping[str, Any],
+    sizes: Sizes,
+    *,
+    native: bool,
+) -> None:
+    """Raises ValueError where a configuration says another shape than the tensors have."""
+    vision, text = sizes.vision, sizes.text
+    like = nearest(vision.width, vision.depth, sizes.patch_size)
+    if "embed_dim" in model:
+        compare(place, CONFIG_FILE, "vision", said=model, found={"embed_dim": vision.width}, like=like)
+    if images and not native:
+        side = images["image_size"][0] if isinstance(images["image_size"], list) else images["image_size"]
+        said = {"patches along a side": side // sizes.patch_size}
+        compare(place, CONFIG_FILE, "vision", said=said, found={"patches along a side": sizes.grid[0]}, like=like)
+    if words and text:
+        said = {**words, "int(width * mlp_ratio)": int(words["width"] * words["mlp_ratio"])}
+        found = {"width": text.width, "int(width * mlp_ratio)": text.mlp_dim}
+        found |= {"vocab_size": sizes.vocab_size, "context_length": sizes.context_length}
+        compare(place, CONFIG_FILE, "text", said=said, found=found, like=like)
 
 
 def trunk_of(name: str, arguments: Any, folder: Path | None) -> timm_trunk.Trunk | None:
@@ -160,13 +224,12 @@ def trunk_of(name: str, arguments: Any, folder: Path | None) -> timm_trunk.Trunk
 def _read_pixels(place: str, config: Mapping[str, Any], sizes: Sizes, *, native: bool) -> dict[str, Any] | None:
     found = config.get("preprocess_cfg")
     side, patch = sizes.grid[0], sizes.patch_size
+    if found is not None:  # left out, they are CLIP's
+        check_pixels(place, {"mean": None, "std": None} | found, {"mean": 0.5, "std": 0.5})
     if native:
         return native_pixels(patch, side)
     if not found or found.get("resize_mode") != "squash" or found.get("interpolation") not in ("bilinear", "bicubic"):
         return None
-    for key in ("mean", "std"):
-        if [*found.get(key, [])] != [0.5] * 3:
-            raise ValueError(f"{place}: {key} is {found.get(key)}, and our towers read pixels of mean and std 0.5")
     return square_pixels(side * patch, patch, filter=found["interpolation"])
 
 
@@ -209,9 +272,7 @@ def config_of(weights: Weights, folder: Path) -> tuple[dict[str, Any], list[str]
         name = known.timm
     else:
         name = f"local-dir:{(folder / TRUNK_FOLDER).resolve()}"
-        notes.append(
-            f"open_clip_config.json names {TRUNK_FOLDER}/ by its whole path: change timm_model_name if the folder moves"
-        )
+        notes.append(TIED)
     contract = weights.tokenizer.contract if weights.tokenizer else None
     clean = "whitespace" if contract is None else _cleaning(contract)
     pixels = weights.pixels or {}

@@ -126,23 +126,41 @@ def heads_of(width: int, depth: int) -> int | None:
     return next((shape.num_heads for shape in shapes if (shape.width, shape.depth) == (width, depth)), None)
 
 
-def nearest(width: int, depth: int, patch_size: int | None = None) -> str:
+def undescribed(tower: str, width: int, depth: int) -> list[str]:
+    """Returns a note on a tower of which no configuration tells the depth, unless a released one has that depth.
+
+    Args:
+        tower: vision or text.
+        width: that was found.
+        depth: that was found.
+    """
+    if heads_of(width, depth) is not None:
+        return []
+    return [
+        f"the {tower} tower has {depth} layers, nothing says how many it should have, and no released tower of width "
+        f"{width} has as many: if the file is not whole, layers are missing at the end"
+    ]
+
+
+def nearest(width: int, depth: int | None, patch_size: int | None = None) -> str:
     """Says which released checkpoint has the vision tower that is nearest, for a message.
 
     Args:
         width: that was found.
-        depth: that was found.
+        depth: that was found; None if nothing tells it.
         patch_size: that was found, in pixels.
     """
 
     def distance(known: Published) -> float:
-        off = abs(known.vision.width - width) / max(width, 1) + abs(known.vision.depth - depth) / max(depth, 1)
+        off = abs(known.vision.width - width) / max(width, 1)
+        off += 0 if depth is None else abs(known.vision.depth - depth) / max(depth, 1)
         return off + (patch_size is not None and known.patch_size != patch_size) * 0.01
 
     found = min(PUBLISHED, key=distance)
     patch = "" if patch_size is None else f", patches of {patch_size} px"
+    deep = "" if depth is None else f" and depth {depth}"
     return (
-        f"Found a vision tower of width {width} and depth {depth}{patch}; the nearest known shape is that of "
+        f"Found a vision tower of width {width}{deep}{patch}; the nearest known shape is that of "
         f"{found.huggingface} ({found.size}: width {found.vision.width}, depth {found.vision.depth})"
     )
 
@@ -152,5 +170,5 @@ def nearest_to(tensors: Mapping[str, Tensor]) -> str:
     for tensor in tensors.values():
         if tensor.ndim == 4 and tensor.shape[1] == 3 and tensor.shape[2] == tensor.shape[3] > 1:
             blocks = [t for t in tensors.values() if t.ndim == 2 and t.shape[0] in (3 * tensor.shape[0],)]
-            return nearest(tensor.shape[0], len(blocks) or 12, tensor.shape[2])
+            return nearest(tensor.shape[0], len(blocks) or None, tensor.shape[2])
     return f"Known shapes are those of {PUBLISHED[0].huggingface} and {len(PUBLISHED) - 1} more"

@@ -26,19 +26,37 @@ from siglip2.core.interop.names import (
     write_names,
 )
 from siglip2.core.interop.published import heads_of, known_trunk, nearest, nearest_to
-from siglip2.core.interop.weights import Sizes, Weights, assemble, exact_gelu, measure, native_pixels, square_pixels
+from siglip2.core.interop.weights import (
+    Sizes,
+    Weights,
+    assemble,
+    check_pixels,
+    compare,
+    exact_gelu,
+    measure,
+    native_pixels,
+    square_pixels,
+)
 from siglip2.core.model.sizes import Gelu
 
 FIXED, NATIVE = "vit_base_patch16_siglip_224", "naflexvit_base_patch16_siglip"  # entries that any shape is told to
 MODEL_FILE = "model.safetensors"
+EPSILON = 1e-6
 ACT_LAYER: dict[Gelu, str] = {"tanh": "gelu_tanh", "exact": "gelu"}
 
 
 class Trunk(NamedTuple):
-    """What only a configuration tells: attention heads, and the GELU; of a trunk that nothing describes, tanh."""
+    """What a configuration tells: heads and GELU, which no tensor does (tanh where nothing says), and the shape.
+
+    Args:
+        heads: attention heads.
+        gelu: of blocks and pool.
+        shape: `depth`, `width`, `mlp_dim` and `patch_size`; empty if nothing describes the trunk.
+    """
 
     heads: int
     gelu: Gelu = "tanh"
+    shape: Mapping[str, int] = {}
 
 
 def table(*, native: bool, prefix: str = "") -> list[Entry]:
@@ -81,12 +99,15 @@ def trunk_named(name: str, arguments: Mapping[str, Any] | None = None) -> Trunk 
         arguments: that it is created with.
 
     Raises:
-        ValueError: if its activation is no GELU.
+        ValueError: if it has no MAP head, its activation is no GELU, or its norms have another epsilon.
     """
     if ":" in name or not timm.is_model(name):
         return None
     with torch.device("meta"):
         model: Any = timm.create_model(name, pretrained=False, num_classes=0, **(arguments or {}))
+    pool, embed = getattr(model, "attn_pool", None), getattr(model, "patch_embed", getattr(model, "embeds", None))
+    if pool is None or embed is None or not getattr(model, "blocks", None):
+        raise ValueError(f"timm's '{name}' is no vision transformer with a MAP head, as every SigLIP has")
     block = model.blocks[0]
     act = block.mlp.act
     if not isinstance(act, GELU | GELUTanh | nn.GELU):
@@ -94,7 +115,12 @@ def trunk_named(name: str, arguments: Mapping[str, Any] | None = None) -> Trunk 
             f"timm's '{name}' has the activation {type(act).__name__}, expected a GELU, as every SigLIP has"
         )
     tanh = isinstance(act, GELUTanh) or getattr(act, "approximate", "none") == "tanh"
-    return Trunk(block.attn.num_heads, "tanh" if tanh else "exact")
+    for norm in (block.norm1, block.norm2, model.norm, pool.norm):
+        if not abs(getattr(norm, "eps", EPSILON) - EPSILON) <= 1e-9:
+            raise ValueError(f"timm's '{name}' has norms of eps {norm.eps}, every SigLIP has {EPSILON}")
+    shape = {"depth": len(model.blocks), "width": model.embed_dim, "mlp_dim": block.mlp.fc1.out_features}
+    shape |= {"patch_size": embed.patch_size[0]}
+    return Trunk(block.attn.num_heads, "tanh" if tanh else "exact", shape)
 
 
 def trunk_configured(config: Mapping[str, Any]) -> Trunk | None:
@@ -124,7 +150,9 @@ def read_trunk(
     like = nearest(kernel.shape[0], depth, patch)
     if f"{prefix}attn_pool.latent" not in theirs:
         raise ValueError(f"{place} has no MAP head (`attn_pool`), as timm's siglip_gap variants; expected one. {like}")
-    entries = expanded(table(native=native, prefix=prefix), {"vision": depth})
+    # not as many as are there, where a configuration says: a file may have lost its last ones
+    depths = {"vision": trunk.shape.get("depth", depth) if trunk else depth}
+    entries = expanded(table(native=native, prefix=prefix), depths)
     state = read_names(theirs, entries, place=place, like=like)
     heads = heads_of(kernel.shape[0], depth)
     if trunk is None and heads is None:
@@ -134,6 +162,15 @@ def read_trunk(
         )
     found = trunk or Trunk(heads or 0)
     return state, found, [exact_gelu("vision")] if found.gelu == "exact" else []
+
+
+def compare_trunk(trunk: Trunk, sizes: Sizes, place: str) -> None:
+    """Raises ValueError if the configuration of a trunk says another shape than its tensors have."""
+    vision, patch = sizes.vision, sizes.patch_size
+    measured = {"width": vision.width, "mlp_dim": vision.mlp_dim, "patch_size": patch}
+    found = {key: value for key, value in measured.items() if key in trunk.shape}
+    like = nearest(vision.width, vision.depth, patch)
+    compare(place, "its configuration", "vision", said=trunk.shape, found=found, like=like)
 
 
 def read(folder: Path | None, theirs: Mapping[str, Tensor], place: str) -> Weights:
@@ -154,21 +191,22 @@ def read(folder: Path | None, theirs: Mapping[str, Tensor], place: str) -> Weigh
     state, trunk, notes = read_trunk(body, trunk_configured(config), place=place)
     if head:
         notes.append(f"a classifier was left out ({', '.join(head)})")
-    native = is_native(theirs)
-    pixels = (read_contract(folder).get("pixels") if folder else None) or _read_pixels(
-        config, measure(state, place), native=native
-    )
+    native, sizes = is_native(theirs), measure(state, place)
+    compare_trunk(trunk, sizes, place)
+    processed = _read_pixels(place, config, sizes, native=native)
+    pixels = (read_contract(folder).get("pixels") if folder else None) or processed
     found: dict[str, Any] = {"heads": {"vision": trunk.heads}, "gelus": {"vision": trunk.gelu}, "pixels": pixels}
     return assemble("timm", state, place=place, native=native, notes=(*notes,), **found)
 
 
-def _read_pixels(config: Mapping[str, Any], sizes: Sizes, *, native: bool) -> dict[str, Any] | None:
+def _read_pixels(place: str, config: Mapping[str, Any], sizes: Sizes, *, native: bool) -> dict[str, Any] | None:
     found = config.get("pretrained_cfg", config)
+    check_pixels(place, found, {"mean": 0.5, "std": 0.5})
     patch_size, side = sizes.patch_size, sizes.grid[0]
     if native:
         return native_pixels(patch_size, side)
     size, filter = found.get("input_size"), found.get("interpolation")
-    if size is None or filter not in ("bilinear", "bicubic") or [*found.get("mean", [])] != [0.5] * 3:
+    if size is None or filter not in ("bilinear", "bicubic") or "mean" not in found:
         return None
     return square_pixels(side * patch_size, patch_size, filter=filter)
 

@@ -18,6 +18,7 @@ from siglip2.core.model.two_towers import TwoTowers
 from siglip2.core.model.vision import VisionTower
 
 NO_HEAD = "the text tower has no projection: one that changes nothing was put there"
+PIXELS_READ = "mean and std 0.5, out of values from 0 to 1"
 SQUARE, NATIVE = "fixed", "naflex"  # the two pixel contracts that other libraries have
 
 
@@ -207,6 +208,39 @@ def measure(state: Mapping[str, Tensor], place: str) -> Sizes:
         listed, like = "; ".join(wrong[:4]), nearest(vision.width, vision.depth, patch_size)
         raise ValueError(f"{place}: the tensors do not fit together ({listed}). {like}")
     return sizes
+
+
+def compare(place: str, file: str, tower: str, *, said: Mapping[str, Any], found: Mapping[str, Any], like: str) -> None:
+    """Raises ValueError for the first value that a configuration says otherwise than the tensors.
+
+    Args:
+        place: what messages call the weights.
+        file: what they call the configuration.
+        tower: that both are of.
+        said: by the configuration.
+        found: in the tensors, under the same keys.
+        like: the nearest known shape, as a sentence.
+    """
+    for key, value in found.items():
+        if said[key] != value:
+            raise ValueError(
+                f"{place}: {file} says {key} {said[key]} of the {tower} tower, the tensors have {value}. {like}"
+            )
+
+
+def check_pixels(place: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises ValueError for the first value of a processor that makes other pixels than our towers read.
+
+    Args:
+        place: what the message calls the weights.
+        found: what the files say.
+        expected: what our towers read, a number for all three channels or a flag; keys that are not there are passed.
+    """
+    for key, value in expected.items():
+        said = found.get(key, value)
+        each = [*said] if isinstance(said, list | tuple) else [said] * 3
+        if len(each) != 3 or any(one is None or not abs(one - value) <= 1e-6 for one in each):
+            raise ValueError(f"{place}: {key} is {said}, and our towers read pixels of {PIXELS_READ}")
 
 
 def _shape(state: Mapping[str, Tensor], tower: str) -> Shape:

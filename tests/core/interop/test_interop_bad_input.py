@@ -1,6 +1,7 @@
 """What cannot be read is named, with the nearest known shape; nothing is executed, and no network is touched."""
 
 import json
+import os
 import pickle
 import re
 import socket
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from siglip2.core.interop.detect import is_foreign, is_hub_id, read_weights
 from siglip2.core.interop.export import write
-from siglip2.core.interop.published import nearest
+from siglip2.core.interop.published import nearest, undescribed
 
 FILES = {"hf": "model.safetensors", "open_clip": "open_clip_model.safetensors", "timm": "model.safetensors"}
 FILES |= {"big_vision": "model.npz"}
@@ -36,9 +37,26 @@ class Bomb:
 
 
 def assert_refused(path, mark, message="is refused: it is a pickle"):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         read_weights(str(path))
     assert not mark.exists()
+    assert "weights_only" not in str(refused.value)  # torch's advice is to load it all the same
+    assert str(refused.value).isprintable()
+
+
+class Shell(Bomb):
+    """A pickle that would run a command: of a module that torch blocks by another message."""
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("name", ["epoch_1.pt", "step=5.ckpt"])
+@pytest.mark.parametrize(("bomb", "held"), [(Bomb, "io.open"), (Shell, f"{os.name}.system")])
+def test_what_a_pickle_would_call_is_named(bomb, held, name, tmp_path):
+    mark = tmp_path / "executed"
+    torch.save({"state_dict": {}, "extra": bomb(mark)}, tmp_path / name)
+    assert_refused(tmp_path / name, mark, f"{name} is refused: it is a pickle that holds {held}, ")
 
 
 @pytest.mark.parametrize("name", ["epoch_1.pt", "model.bin", "model.pth"])
@@ -152,8 +170,47 @@ def test_file_without_layers_is_an_error(exported, format):
     path = exported(format) / FILES[format]
     layers = ("layers.", "blocks.", "encoderblock")
     rewrite(path, {name: array for name, array in as_read(path).items() if not any(part in name for part in layers)})
-    with pytest.raises(ValueError, match="no layers|does not hold"):
+    with pytest.raises(ValueError, match="no layers|does not hold") as e:
         read_weights(str(path.parent))
+    assert not re.search("Found .* and depth .*;", str(e.value))  # none was found
+
+
+LAST = {
+    ("hf", "vision"): "vision_model.encoder.layers.2.",
+    ("hf", "text"): "text_model.encoder.layers.1.",
+    ("open_clip", "vision"): "visual.trunk.blocks.2.",
+    ("open_clip", "text"): "text.transformer.resblocks.1.",
+    ("timm", "vision"): "blocks.2.",
+}
+
+
+@pytest.mark.parametrize(("format", "tower"), list(LAST))
+def test_weights_without_their_last_layer_are_no_shallower_model(exported, format, tower):
+    path = exported(format) / FILES[format]
+    layer = LAST[format, tower]
+    rewrite(path, {name: array for name, array in as_read(path).items() if not name.startswith(layer)})
+    with pytest.raises(ValueError, match=rf"\d\d are missing \({re.escape(layer)}"):
+        read_weights(str(path.parent))
+
+
+@pytest.mark.parametrize(("layers", "missing"), [("img/Transformer/", "2/"), ("txt/Encoder_0/", "1/")])
+def test_npz_without_its_last_layer_is_refused_where_the_depth_is_known_and_noted_elsewhere(exported, layers, missing):
+    path = exported("big_vision") / FILES["big_vision"]
+    stack = f"params/{layers}encoderblock/"
+    rewrite(path, {n: array[:-1] if n.startswith(stack) else array for n, array in as_read(path).items()})
+    with pytest.raises(ValueError, match=rf"16 are missing \({layers}encoderblock_{missing}"):
+        read_weights(str(path.parent))
+    (path.parent / "siglip2_contract.json").unlink()
+    notes = [note for note in read_weights(str(path)).notes if "layers are missing at the end" in note]
+    assert [note.split(" layers,")[0] for note in notes] == [
+        f"the vision tower has {3 - ('img' in layers)}",
+        f"the text tower has {2 - ('txt' in layers)}",
+    ]
+
+
+def test_depth_of_a_release_is_not_noted():
+    assert undescribed("vision", 768, 12) == []
+    assert len(undescribed("vision", 768, 11)) == 1
 
 
 @pytest.mark.parametrize("format", ["hf", "open_clip", "timm"])
@@ -196,7 +253,7 @@ def test_state_dict_of_another_architecture_is_named(tmp_path):
 def test_clip_of_open_clip_is_named_with_the_nearest_known_shape(tmp_path):
     clip = {"visual.conv1.weight": torch.zeros(768, 3, 32, 32), "transformer.resblocks.0.ln_1.weight": torch.zeros(512)}
     torch.save({"state_dict": {f"module.{n}": t for n, t in clip.items()}, "epoch": 3}, tmp_path / "epoch_3.pt")
-    with pytest.raises(ValueError, match=r"but no SigLIP: .*width 768 .*siglip2-base-patch32-256"):
+    with pytest.raises(ValueError, match=r"but no SigLIP: .*width 768, patches .*siglip2-base-patch32-256"):
         read_weights(str(tmp_path / "epoch_3.pt"))
 
 
@@ -222,6 +279,12 @@ def test_tower_of_no_known_width_needs_a_configuration_for_its_heads(exported, t
         ("text", "layer_norm_eps", 1e-5, "layer_norm_eps of the text tower is 1e-05"),
         ("text", "hidden_size", 768, "says hidden_size 768 of the text tower, the tensors have 32.*nearest known"),
         ("text", "vocab_size", 256000, "says vocab_size 256000 .*, the tensors have"),
+        ("text", "max_position_embeddings", 77, "says max_position_embeddings 77 .*, the tensors have"),
+        ("vision", "intermediate_size", 96, "says intermediate_size 96 of the vision tower, the tensors have 82"),
+        ("vision", "image_size", 80, "says image_size 80 .* a position table of 4 x 4 patches of 16 px"),
+        ("vision", "image_size", [64, 80], "says 64 x 80 px, expected squares"),
+        ("vision", "num_hidden_layers", 4, "16 are missing .vision_model.encoder.layers.3"),
+        ("vision", "num_hidden_layers", 2, "16 are unknown .vision_model.encoder.layers.2"),
         ("vision", "num_attention_heads", 5, "5 heads do not divide the vision tower's width 48"),
     ],
 )
@@ -234,15 +297,147 @@ def test_configuration_that_ours_does_not_compute_is_named(exported, tower, key,
         read_weights(str(folder))
 
 
-@pytest.mark.parametrize("key", ["image_mean", "image_std"])
-def test_pixels_of_another_scale_are_named(exported, key):
+def edit(path, keys, value):
+    """Changes a value of a JSON file, or takes it away (...)."""
+    content = inner = json.loads(path.read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    if value is ...:
+        del inner[keys[-1]]
+    else:
+        inner[keys[-1]] = value
+    path.write_text(json.dumps(content))
+
+
+def test_layers_that_a_configuration_leaves_out_are_twelve(exported):
     folder = exported("hf")
-    (folder / "siglip2_contract.json").unlink()
-    processor = json.loads((folder / "processor_config.json").read_text())
-    processor["image_processor"][key] = [0.48, 0.46, 0.41]
-    (folder / "processor_config.json").write_text(json.dumps(processor))
-    with pytest.raises(ValueError, match=f"{key} is .*0.48.*our towers read pixels of mean and std 0.5"):
+    edit(folder / "config.json", ["vision_config", "num_hidden_layers"], ...)
+    with pytest.raises(ValueError, match="144 are missing"):
         read_weights(str(folder))
+
+
+IMAGES, WORDS = ["model_cfg", "vision_cfg"], ["model_cfg", "text_cfg"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        ([*WORDS, "no_causal_mask"], False, "no_causal_mask of the text tower is False .* expected True"),
+        ([*WORDS, "no_causal_mask"], ..., "no_causal_mask of the text tower is False .* expected True"),
+        ([*WORDS, "pool_type"], "argmax", "pool_type of the text tower is 'argmax'"),
+        ([*WORDS, "norm_kwargs"], {}, "norm_kwargs of the text tower give an eps of 1e-05"),
+        ([*WORDS, "layers"], 3, "12 are missing .text.transformer.resblocks.2"),
+        ([*WORDS, "layers"], ..., "120 are missing .text.transformer.resblocks.10"),
+        ([*WORDS, "width"], 48, "says width 48 of the text tower, the tensors have 32"),
+        ([*WORDS, "mlp_ratio"], 4.0, "mlp_ratio. 128 of the text tower, the tensors have 56"),
+        ([*WORDS, "vocab_size"], 99, "says vocab_size 99"),
+        ([*WORDS, "context_length"], 99, "says context_length 99"),
+        ([*WORDS, "proj_type"], "none", "says proj_type none of the text tower"),
+        ([*IMAGES, "timm_pool"], "avg", "timm_pool of the vision tower is 'avg' .* expected 'map'"),
+        ([*IMAGES, "timm_proj"], ..., "timm_proj of the vision tower is 'linear'"),
+        ([*IMAGES, "image_size"], 80, "says patches along a side 5 of the vision tower, the tensors have 4"),
+        (
+            [*IMAGES, "timm_model_name"],
+            "resnet50",
+            "open_clip: .*timm's 'resnet50' is no vision transformer",
+        ),
+        ([*IMAGES, "timm_model_name"], "vit_base_patch32_siglip_256", "are missing .visual.trunk.blocks.10."),
+        (["model_cfg", "embed_dim"], 64, "says embed_dim 64"),
+        (["preprocess_cfg", "mean"], [0.48, 0.46, 0.41], "mean is .0.48.* our towers read pixels of mean and std 0.5"),
+        (["preprocess_cfg", "std"], ..., "std is None, and our towers read pixels"),
+    ],
+)
+def test_configuration_of_open_clip_that_ours_does_not_compute_is_named(exported, keys, value, message):
+    folder = exported("open_clip")
+    edit(folder / "open_clip_config.json", keys, value)
+    with pytest.raises(ValueError, match=message):
+        read_weights(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depth": 4}, "12 are missing .blocks.3."),
+        ({"embed_dim": 96}, "says width 96 of the vision tower, the tensors have 48"),
+        ({"mlp_ratio": 4.0}, "says mlp_dim 192 of the vision tower, the tensors have 82"),
+        ({"patch_size": 8}, "says patch_size 8 of the vision tower, the tensors have 16"),
+        ({"norm_layer": "layernormfp32", "global_pool": "avg"}, "no vision transformer with a MAP head"),
+    ],
+)
+def test_trunk_of_another_shape_than_its_configuration_is_named(exported, arguments, message):
+    folder = exported("timm")
+    config = json.loads((folder / "config.json").read_text())
+    edit(folder / "config.json", ["model_args"], config["model_args"] | arguments)
+    with pytest.raises(ValueError, match=message):
+        read_weights(str(folder))
+
+
+@pytest.mark.parametrize("contract", [True, False])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_mean", [0.48, 0.46, 0.41]),
+        ("image_std", [0.5, 0.5, 0.4]),
+        ("do_normalize", False),
+        ("do_rescale", False),
+        ("rescale_factor", 1.0),
+    ],
+)
+def test_pixels_of_another_scale_are_named(exported, key, value, contract):
+    folder = exported("hf")
+    if not contract:
+        (folder / "siglip2_contract.json").unlink()
+    edit(folder / "processor_config.json", ["image_processor", key], value)
+    said = re.escape(f"{key} is {value}, and our towers read pixels of mean and std 0.5")
+    with pytest.raises(ValueError, match=said):
+        read_weights(str(folder))
+
+
+def test_side_of_pictures_may_be_one_number(exported):
+    folder = exported("hf")
+    expected = read_weights(str(folder)).pixels
+    (folder / "siglip2_contract.json").unlink()
+    edit(folder / "processor_config.json", ["image_processor", "size"], 70)
+    assert read_weights(str(folder)).pixels == expected
+
+
+@pytest.mark.parametrize(
+    ("format", "file", "keys", "value"),
+    [
+        ("hf", "config.json", ["vision_config"], 3),
+        ("hf", "config.json", ["vision_config", "num_hidden_layers"], "two"),
+        ("hf", "config.json", ["vision_config", "patch_size"], 0),
+        ("hf", "config.json", ["vision_config", "patch_size"], []),
+        ("hf", "config.json", ["text_config", "num_attention_heads"], None),
+        ("hf", "config.json", ["text_config", "num_attention_heads"], "two"),
+        ("hf", "config.json", ["text_config", "layer_norm_eps"], "small"),
+        ("hf", "config.json", ["text_config", "layer_norm_eps"], float("nan")),
+        ("hf", "processor_config.json", ["image_processor"], 3),
+        ("hf", "processor_config.json", ["image_processor", "image_mean"], "half"),
+        ("hf", "siglip2_contract.json", ["text"], {}),
+        ("open_clip", "open_clip_config.json", ["model_cfg"], []),
+        ("open_clip", "open_clip_config.json", WORDS, "text"),
+        ("open_clip", "open_clip_config.json", [*WORDS, "heads"], "two"),
+        ("open_clip", "open_clip_config.json", [*WORDS, "norm_kwargs"], 1e-6),
+        ("open_clip", "trunk/config.json", ["model_args", "num_heads"], 0),
+        ("open_clip", "trunk/config.json", ["model_args", "nothing_of_timms"], 1),
+        ("timm", "config.json", ["model_args"], 5),
+        ("timm", "config.json", ["model_args", "patch_size"], 0),
+        ("timm", "config.json", ["pretrained_cfg"], None),
+        ("big_vision", "siglip2_contract.json", ["depth"], {"vision": "three"}),
+    ],
+)
+def test_malformed_configuration_is_an_error_that_names_the_folder(exported, format, file, keys, value):
+    folder = exported(format)
+    edit(folder / file, keys, value)
+    with pytest.raises(ValueError, match=re.escape(str(folder))):
+        read_weights(str(folder))
+
+
+def test_npz_of_texts_is_named(tmp_path):
+    np.savez(tmp_path / "model.npz", names=np.array(["a", "b"]))
+    with pytest.raises(ValueError, match="model.npz: the array 'names' has the type <U1, expected numbers"):
+        read_weights(str(tmp_path / "model.npz"))
 
 
 @pytest.mark.parametrize("format", ["hf", "open_clip"])
@@ -253,9 +448,9 @@ def test_tokenizer_with_more_ids_than_the_table_has_rows_is_named(exported, form
     tensors[name] = tensors[name][:200].clone()
     save_file(tensors, path, metadata={"format": "pt"})
     if format == "hf":
-        config = json.loads((path.parent / "config.json").read_text())
-        config["text_config"]["vocab_size"] = 200
-        (path.parent / "config.json").write_text(json.dumps(config))
+        edit(path.parent / "config.json", ["text_config", "vocab_size"], 200)
+    else:
+        edit(path.parent / "open_clip_config.json", [*WORDS, "vocab_size"], 200)
     with pytest.raises(ValueError, match="a tokenizer of another vocabulary, .* where the token table has 200 rows"):
         read_weights(str(path.parent))
 
