@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from siglip2.core.checkpoint import AtomicCheckpointIO
 from siglip2.xla.hosts import Hosts
+from siglip2.xla.sharding import whole_on_cpu
 
 REST = "rest.ckpt"
 """The file of a folder that holds everything but tensors."""
@@ -27,10 +28,14 @@ TENSOR = "siglip2.tensor"
 """Where a tensor belongs, the rest has {TENSOR: its name in the folder}."""
 
 
-def on_cpu(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the checkpoint with whole tensors on the CPU; with sharded ones, every host has to call it."""
-    moved: dict[str, Any] = apply_to_collection(dict(checkpoint), Tensor, lambda tensor: tensor.detach().cpu())
-    return moved
+def on_cpu(tree: Any, *, num_hosts: int = 1) -> Any:
+    """Returns the same collection with whole copies of its tensors on the CPU; of sharded ones, on every host.
+
+    Args:
+        tree: dictionaries, lists and tuples of anything, such as a checkpoint.
+        num_hosts: all of them have to call it, if one of the tensors is sharded.
+    """
+    return apply_to_collection(tree, Tensor, whole_on_cpu, num_hosts=num_hosts)
 
 
 def write_sharded(checkpoint: Mapping[str, Any], folder: str | Path, hosts: Hosts) -> None:

@@ -27,7 +27,7 @@ class Hosts:
         if size > 1 and store is None:
             raise ValueError(f"{size} hosts need a store to meet in")
         self.rank, self.size = rank, size
-        self._store, self._round = store, 0
+        self.store, self._round = store, 0
         if store is not None:
             store.set_timeout(PATIENCE)
 
@@ -37,13 +37,13 @@ class Hosts:
         Args:
             value: anything that can be pickled.
         """
-        if self._store is None:
+        if self.store is None:
             return [value]
-        self._store.set(self._key(self._round, self.rank), b64encode(pickle.dumps(value)).decode())
-        given = [self._store.get(self._key(self._round, other)) for other in range(self.size)]
+        self.store.set(self._key(self._round, self.rank), b64encode(pickle.dumps(value)).decode())
+        given = [self.store.get(self._key(self._round, other)) for other in range(self.size)]
         if self._round:
             # whoever answered this round has read the one before
-            self._store.delete_key(self._key(self._round - 1, self.rank))
+            self.store.delete_key(self._key(self._round - 1, self.rank))
         self._round += 1
         return [pickle.loads(b64decode(text)) for text in given]
 
@@ -57,10 +57,10 @@ class Hosts:
 
         Only for so long: metrics would take it for ranks that each hold a part, and sum what is whole already.
         """
-        if self._store is None:
+        if self.store is None:
             yield
             return
-        store = dist.PrefixStore(f"group/{self._round}", self._store)
+        store = dist.PrefixStore(f"group/{self._round}", self.store)
         self.exchange(None)
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
         try:

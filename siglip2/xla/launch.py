@@ -14,9 +14,11 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,6 +72,7 @@ class ReplicaLauncher(_Launcher):
             NotImplementedError: if the trainer has trained before: its optimizer is gone with the replicas.
             RuntimeError: if the replicas ended without an error, for example killed for want of memory.
             BaseException: what a replica raised; the first one, and the other replicas are stopped.
+            KeyboardInterrupt: at Ctrl-C, which ends the replicas at once.
         """
         import torch_xla.distributed.xla_multiprocessing as xmp
         import torch_xla.runtime as xr
@@ -83,7 +86,8 @@ class ReplicaLauncher(_Launcher):
         with tempfile.TemporaryDirectory() as folder:
             _forked[:] = [(trainer, function, args, kwargs)]
             try:
-                xmp.spawn(_run, args=(folder,), start_method="fork")
+                with _interruptible():
+                    xmp.spawn(_run, args=(folder,), start_method="fork")
             except BrokenProcessPool:
                 error, where = _first_error(Path(folder))
                 raise error from where
@@ -123,7 +127,7 @@ class Outcome:
             metrics=_on_cpu(dict(trainer.callback_metrics)),
             state=trainer.state,
             progress=trainer.fit_loop.state_dict(),
-            callbacks=[_pickled(vars(callback), known) for callback in trainer.callbacks],
+            callbacks=[_pickled(callback.__getstate__() or {}, known) for callback in trainer.callbacks],
         )
 
     def restore(self, trainer: Any) -> None:
@@ -166,6 +170,29 @@ def _run(ordinal: int, folder: str) -> None:
         os._exit(1)
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ends what is started in here at Ctrl-C, too: the pool of processes would wait until the replicas are through."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield  # it is ignored, or cannot be caught here
+        return
+    starter, others = os.getpid(), set(active_children())
+
+    def end(number: int, frame: Any) -> Any:
+        if os.getpid() != starter:
+            os._exit(128 + number)  # a replica, or a worker of its loader: they inherit this
+        for process in set(active_children()) - others:
+            process.kill()
+        return before(number, frame)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _write_error(error: BaseException, path: Path) -> None:
     where = "".join(traceback.format_exception(error))
     try:
@@ -182,7 +209,10 @@ def _first_error(folder: Path) -> tuple[BaseException, BaseException | None]:
     """The error that came first, and one that says where."""
     written = sorted(folder.glob(f"{ERROR}-*"), key=lambda path: path.stat().st_mtime_ns)
     if not written:
-        text = "a replica ended without an error: its last words say why, or the system stopped it (want of memory?)"
+        text = (
+            "a replica ended without an error: its last words say why, or the system stopped it (want of memory?). "
+            "'Termination timeout', on a CPU, says that one waited 10 s for one that was late or ran another program"
+        )
         return RuntimeError(text), None
     error, where = pickle.loads(written[0].read_bytes())
     return error, RuntimeError(f"in replica {written[0].name.removeprefix(ERROR)[1:]}:\n{where}")

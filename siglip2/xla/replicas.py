@@ -84,6 +84,11 @@ class XLAReplicaStrategy(ParallelStrategy):
         return super().world_size if self._launched else 1
 
     @property
+    def store(self) -> dist.Store | None:
+        """Where the watchdogs of replicas meet; None before these have started."""
+        return self.replicas.store
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 

@@ -75,6 +75,40 @@ def replicate(tensors: Iterable[Tensor], mesh: Any) -> None:
             xs.mark_sharding(tensor, mesh, (None,) * tensor.ndim)
 
 
+def whole_on_cpu(tensor: Tensor, *, num_hosts: int = 1) -> Tensor:
+    """Returns a whole copy of a tensor on the CPU.
+
+    One host joins the parts of its devices in its own memory. Several put the tensor whole on every device first, by a
+    program that is compiled once for each shape. `Tensor.cpu` compiles one for each tensor in parts every time
+    (`ReplicateShardedData` of torch_xla 2.9).
+
+    Args:
+        tensor: in parts on the devices, whole on each, or on the CPU.
+        num_hosts: all of them have to call it for a tensor in parts.
+    """
+    import torch_xla.distributed.spmd as xs
+
+    tensor = tensor.detach()
+    if not _in_parts(tensor):
+        return tensor.to("cpu", copy=True)
+    if num_hosts > 1:
+        mesh: Any = xs.get_global_mesh()
+        everywhere = tensor[None]  # a tensor of its own: the layout of one that is there cannot be changed
+        xs.mark_sharding(everywhere, mesh, (None,) * everywhere.ndim)
+        return everywhere.cpu()[0]
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for part in xs.XLAShardedTensor(tensor).local_shards:
+        place = tuple(part.indices)
+        whole[place] = part.data[tuple(slice(0, at.stop - at.start) for at in place)]  # without its padding
+    return whole
+
+
+def _in_parts(tensor: Tensor) -> bool:
+    import torch_xla
+
+    return tensor.device.type == "xla" and "devices=" in torch_xla._XLAC._get_xla_sharding_spec(tensor)
+
+
 def upload(batch: Batch, mesh: Any, device: torch.device, *, num_hosts: int = 1) -> Batch:
     """Returns the batch on the devices, each with its share of the rows of every view.
 

@@ -139,15 +139,22 @@ class XLASPMDStrategy(SingleDeviceStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes one ordinary file, or a folder of shards; every host takes part."""
-        import torch_xla
-
-        torch_xla.sync()
         if self.sharded_checkpoints:
+            import torch_xla
+
+            torch_xla.sync()
             write_sharded(checkpoint, filepath, self.hosts)
             return
-        whole = on_cpu(checkpoint)  # on every host: sharded tensors are gathered by all of them
+        whole = self.copy_to_cpu(checkpoint)  # on every host: sharded tensors are gathered by all of them
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(whole, filepath, storage_options=storage_options)
+
+    def copy_to_cpu(self, tree: Any) -> Any:
+        """Returns a collection with whole copies of its tensors in the memory of every host; all have to call it."""
+        import torch_xla
+
+        torch_xla.sync()  # all that is left to compute in one program, not in one for each tensor
+        return on_cpu(tree, num_hosts=self.hosts.size)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a file or a folder of shards, whole, into the memory of every host."""

@@ -1,15 +1,17 @@
 """Runs of `siglip2 fit` with `--trainer.strategy xla` on two replicas, and on one CPU; prints as JSON what came out.
 
 Run by test_replica_training.py in processes of their own: `whole` from the start, with scores and a report, `resumed`
-from a CPU's checkpoint, `stopped` by errors.
+from a CPU's checkpoint, `stopped` by errors, `interrupted` as by Ctrl-C, `late` with one that the others wait for.
 """
 
 import csv
 import json
+import logging
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from recipes import CPU, OUT, RECIPE, SHARDS, TOKENIZER
 from spmd_training import distance, tensors
 
 from siglip2.cli.training import SigLIP2CLI
+from siglip2.core.callbacks.watchdog import Watchdog
 from siglip2.core.checkpoint import read_checkpoint
 
 REPLICAS = ["--trainer.accelerator", "xla", "--trainer.strategy", "xla"]
@@ -47,6 +50,9 @@ class Notes(Callback):
         if batch_idx == 1 and trainer.global_rank == 1 and self.error is not None:
             if self.error == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.error == "interrupted":
+                os.killpg(0, signal.SIGINT)
+                return
             raise ValueError(self.error)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -59,12 +65,31 @@ class Notes(Callback):
         self.losses.append(float(trainer.strategy.reduce(outputs["loss"].detach())))
 
 
-def fit(name, *arguments, resume=None, error=None):
+class Late(Callback):
+    """Replica 1 is 20 s late, XLA would wait for 10; each reads a gradient that nothing has been computed of yet."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_start(self, trainer, pl_module):
+        words = logging.FileHandler(f"{trainer.default_root_dir}/rank{trainer.global_rank}.log")
+        logging.getLogger(Watchdog.__module__).addHandler(words)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1 and trainer.global_rank == 1:
+            time.sleep(20)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        gradient = pl_module.model.logit_scale.grad
+        self.seen.append([torch.equal(gradient, gradient * 2), float(gradient.to("cpu"))])
+
+
+def fit(name, *arguments, resume=None, error=None, others=()):
     """Trains into the folder `name` of OUT and finishes as `siglip2 fit` does; what was noted, and the CLI."""
     notes = Notes(error)
     given = ["--data.train.path", SHARDS, "--data.tokenizer", TOKENIZER, "--trainer.default_root_dir", f"{OUT}/{name}"]
     cli = SigLIP2CLI(["--config", RECIPE, *EXACT, *given, *arguments], command="fit")
-    cli.trainer.callbacks.append(notes)
+    cli.trainer.callbacks += [*others, notes]
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume)
     cli.finish()
     return notes, cli
@@ -165,6 +190,35 @@ def stopped():
     }
 
 
+def interrupted():
+    """The exit status of a run whose processes all get SIGINT in its second step, and whether one of them is left."""
+
+    def run():
+        os.setsid()
+        fit("interrupted", *REPLICAS, *ONLY_PAIRS, "--trainer.max_steps", "100000", error="interrupted")
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(240)
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return {"status": process.exitcode, "left": False}
+    return {"status": process.exitcode, "left": True}
+
+
+def late():
+    """What `Late` saw on two replicas, and on one CPU, and what a watchdog said that speaks after 4 s."""
+    seen = []
+    for name, devices in (("replicas", REPLICAS), ("cpu", CPU)):
+        words = [*devices, *ONLY_PAIRS, "--trainer.max_steps", "2", "--report", "false"]
+        callback = Late()
+        fit(name, *words, others=[callback, Watchdog(4.0)])
+        seen.append(callback.seen)
+    return {"seen": seen, "words": Path(OUT, "replicas", "rank0.log").read_text()}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({"whole": whole, "resumed": resumed, "stopped": stopped}[sys.argv[4]](*sys.argv[5:])))
+    kinds = {run.__name__: run for run in (whole, resumed, stopped, interrupted, late)}
+    print(json.dumps(kinds[sys.argv[4]](*sys.argv[5:])))

@@ -1,6 +1,7 @@
 """A run by the strategy `xla`, with a replica on each of two devices, is the run on one CPU."""
 
 import json
+import re
 
 import pytest
 from xla_process import run_alone
@@ -95,6 +96,27 @@ def test_error_of_one_replica_ends_the_others_and_is_raised_with_its_traceback(s
 def test_replicas_that_were_killed_are_an_error(stopped):
     assert stopped["killed"][0] == "RuntimeError"
     assert "ended without an error" in stopped["killed"][1]
+
+
+def test_ctrl_c_ends_a_run_and_all_its_processes(toy_shards, toy_tokenizer, tmp_path):
+    assert started("interrupted", toy_shards, toy_tokenizer, tmp_path) == {"status": 1, "left": False}
+
+
+@pytest.fixture(scope="module")
+def late(toy_shards, toy_tokenizer, tmp_path_factory):
+    """The same about a run in which the second replica is later than XLA would wait."""
+    return started("late", toy_shards, toy_tokenizer, tmp_path_factory.mktemp("late"))
+
+
+def test_replicas_wait_for_one_that_is_late_and_read_gradients_that_are_not_computed_yet(late):
+    replicas, cpu = late["seen"]
+    assert [same for same, _ in replicas] == [False, False]
+    assert [value for _, value in replicas] == pytest.approx([value for _, value in cpu], rel=1e-5)
+
+
+def test_watchdog_shows_the_thread_of_a_replica_and_names_the_one_that_is_late(late):
+    assert re.search(r"rank 0: nothing has happened for \d+ s, in training step 1, at .*turns\.py", late["words"])
+    assert re.search(r"rank 1 after 1 steps, waiting for batch 1 or another rank; it said so", late["words"])
 
 
 def test_batch_that_does_not_divide_over_replicas_is_refused_as_on_processes(stopped):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 log = logging.getLogger(__name__)
-CALLS = 5  # of the main thread that are shown
+CALLS = 5  # of the thread that trains that are shown
 LOOKS = 4  # in the time after which it speaks
 
 
@@ -20,7 +20,8 @@ class Watchdog(Callback):
 
     A thread looks at when the training loop last went from one hook to the next. If that is too long ago, it says where
     the loop is and what each loader worker of this rank is reading, by shard and key. Ranks tell each other through the
-    store of torch.distributed how far they are, so that the first one can name those that did not reach the step.
+    store of torch.distributed, or that of the strategy, how far they are, so that the first one can name those that did
+    not reach the step.
 
     Args:
         stall_after: seconds without progress. Less than the time-out of the collectives (10 minutes with NCCL), which
@@ -37,10 +38,12 @@ class Watchdog(Callback):
         self._now = ("starting", 0, 0.0)
         self._stop: threading.Event | None = None
         self._ranks: Ranks | None = None
+        self._trains: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._beat("waiting for the first batch", trainer)
         self._ranks = _ranks_of(trainer)
+        self._trains = threading.get_ident()  # the main thread, but for XLA replicas
         # the workers of the training loader have been started, so that no thread is copied into them
         self._stop = threading.Event()
         boards = getattr(getattr(trainer, "datamodule", None), "boards", {})
@@ -104,9 +107,8 @@ class Watchdog(Callback):
 
     def _report(self, rank: int, boards: dict[str, Any]) -> str:
         doing, step, since = self._now
-        lines = [
-            f"rank {rank}: nothing has happened for {time.monotonic() - since:.0f} s, {doing}, at {_main_thread()}"
-        ]
+        still = f"{time.monotonic() - since:.0f} s, {doing}, at {_calls(self._trains)}"
+        lines = [f"rank {rank}: nothing has happened for {still}"]
         for name, board in boards.items():
             lines += [f"  {name}, worker {n}: {what} for {age:.0f} s" for n, what, age in board.read()]
         if len(lines) == 1:
@@ -117,32 +119,33 @@ class Watchdog(Callback):
 
 
 class Ranks:
-    """How far every rank is, by word of its watchdog through the store of torch.distributed.
+    """How far every rank is, by word of its watchdog through a store.
 
     Args:
-        rank: this process.
-        world_size: processes that tell.
+        rank: this one.
+        world_size: ranks that tell.
+        store: shared by all of them; that of torch.distributed if None.
     """
 
-    def __init__(self, rank: int, world_size: int):
+    def __init__(self, rank: int, world_size: int, store: Any = None):
         self.rank, self.world_size = rank, world_size
-        # a connection of its own: while the main thread waits at the other one, that is locked
-        store: Any = dist.distributed_c10d._get_default_store()
-        self._store = store.clone()
+        # a connection of its own: while the thread that trains waits at the other one, that is locked
+        store = store or dist.distributed_c10d._get_default_store()
+        self._store = store.clone()  # type: ignore[union-attr] # all that ranks meet in have it, if not their base
 
     def tell(self, step: int, doing: str) -> None:
         """Says where this rank is; says nothing if the store is gone."""
         try:
             self._store.set(self._key(self.rank), f"{step}|{time.time()}|{doing}")
         except RuntimeError:
-            log.debug("the store of torch.distributed cannot be reached")
+            log.debug("the store of the ranks cannot be reached")
 
     def behind(self, step: int, doing: str) -> list[str]:
         """Returns a line on every rank that has not come as far as a step, or is at it and waits for data."""
         try:
             words = {r: self._store.get(k).decode() for r, k in self._keys().items() if self._store.check([k])}
         except RuntimeError:
-            return ["the store of torch.distributed cannot be reached: the process that holds it may be gone"]
+            return ["the store of the ranks cannot be reached: the process that holds it may be gone"]
         lines = []
         for rank in range(self.world_size):
             if rank not in words:
@@ -163,17 +166,18 @@ class Ranks:
 
 
 def _ranks_of(trainer: Trainer) -> Ranks | None:
-    if trainer.world_size == 1 or not dist.is_initialized():
+    store = getattr(trainer.strategy, "store", None) if trainer.world_size > 1 else None
+    if trainer.world_size == 1 or not (store or dist.is_initialized()):
         return None
     try:
-        return Ranks(trainer.global_rank, trainer.world_size)
+        return Ranks(trainer.global_rank, trainer.world_size, store)
     except RuntimeError as error:  # a store without copies: each rank speaks for itself
         log.debug("the watchdogs of the ranks cannot talk: %s", error)
         return None
 
 
-def _main_thread() -> str:
-    """Where the main thread is: its innermost calls, the innermost first."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+def _calls(thread: int | None) -> str:
+    """Where a thread is: its innermost calls, the innermost first."""
+    frame = sys._current_frames().get(thread or 0)
     calls = reversed(traceback.extract_stack(frame)[-CALLS:]) if frame else []
     return " < ".join(f"{'/'.join(c.filename.split('/')[-2:])}:{c.lineno} {c.name}" for c in calls) or "its end"
