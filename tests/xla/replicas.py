@@ -1,10 +1,11 @@
-"""Takes steps on two XLA replicas with half the batch each; prints as JSON how far they are from one process.
+"""Takes steps on XLA replicas with a share of the batch each; prints as JSON how far they are from one process.
 
 Run by test_replicas.py in a process of its own. Gradients are averaged as Lightning's strategy `xla` does.
 """
 
 import copy
 import json
+import os
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ ROWS = 8
 # wide heads and cosines that are not magnified, as in exact.yaml
 HEAD = {"hidden": 512, "bottleneck": 64, "prototypes": 32, "freeze_prototypes": 0.0, "start": 0.0}
 HEAD |= {"student_temperature": 1.0, "teacher_temperature": 1.0}
-REPLICAS = 2
+REPLICAS = int(os.environ["CPU_NUM_DEVICES"])
 
 
 def recipes():

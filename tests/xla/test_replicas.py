@@ -5,17 +5,17 @@ from xla_process import run_alone
 
 pytestmark = pytest.mark.xla
 RECIPES = ["all", "sigmoid", "locca", "silc", "tips", "curated"]
-ENOUGH_THREADS = {"CPU_NUM_DEVICES": "2", "XLA_THREAD_POOL_SIZE": "32", "PJRT_CPU_ASYNC_CLIENT": "0"}
+ENOUGH_THREADS = {"XLA_THREAD_POOL_SIZE": "32", "PJRT_CPU_ASYNC_CLIENT": "0"}
 
 
-@pytest.fixture(scope="module")
-def run():
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 replicas", "4 replicas"])
+def run(request):
     """What replicas.py found out."""
-    return run_alone("replicas.py", **ENOUGH_THREADS)
+    return run_alone("replicas.py", CPU_NUM_DEVICES=str(request.param), **ENOUGH_THREADS)
 
 
 def test_replicas_know_their_number(run):
-    assert run["world_sizes"] == [2, 2]
+    assert run["world_sizes"] in ([2] * 2, [4] * 4)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -38,8 +38,8 @@ def test_gather_has_the_gradient_of_one_process(run):
 
 
 def test_ring_brings_what_the_rank_to_the_left_holds(run):
-    (texts, gradients), (back, gradients_back) = run["from_left"]
-    assert texts == [[1.0] * 3] * 2
-    assert gradients == [[11.0] * 3] * 2
-    assert back == [[0.0] * 3] * 2
-    assert gradients_back == [[10.0] * 3] * 2
+    last = len(run["from_left"]) - 1
+    for rank, (texts, gradients) in enumerate(run["from_left"]):
+        left = rank - 1 if rank else last
+        assert texts == [[float(left)] * 3] * 2
+        assert gradients == [[left + 10.0] * 3] * 2
