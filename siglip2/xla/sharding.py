@@ -75,6 +75,15 @@ def replicate(tensors: Iterable[Tensor], mesh: Any) -> None:
             xs.mark_sharding(tensor, mesh, (None,) * tensor.ndim)
 
 
+def finish_all() -> None:
+    """Computes what is left to compute, and waits for it: the parts of a tensor cannot be read while a program runs."""
+    import torch_xla
+    import torch_xla.core.xla_model as xm
+
+    torch_xla.sync()
+    xm.wait_device_ops()
+
+
 def whole_on_cpu(tensor: Tensor, *, num_hosts: int = 1) -> Tensor:
     """Returns a whole copy of a tensor on the CPU.
 

@@ -17,7 +17,7 @@ from siglip2.xla.accelerator import check_installed
 from siglip2.xla.checkpoint import on_cpu, read_sharded, write_sharded
 from siglip2.xla.hosts import meet
 from siglip2.xla.precision import on_xla
-from siglip2.xla.sharding import all_devices, replicate, shard, upload
+from siglip2.xla.sharding import all_devices, finish_all, replicate, shard, upload
 
 
 class XLASPMDStrategy(SingleDeviceStrategy):
@@ -140,9 +140,7 @@ class XLASPMDStrategy(SingleDeviceStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes one ordinary file, or a folder of shards; every host takes part."""
         if self.sharded_checkpoints:
-            import torch_xla
-
-            torch_xla.sync()
+            finish_all()
             write_sharded(checkpoint, filepath, self.hosts)
             return
         whole = self.copy_to_cpu(checkpoint)  # on every host: sharded tensors are gathered by all of them
@@ -151,9 +149,7 @@ class XLASPMDStrategy(SingleDeviceStrategy):
 
     def copy_to_cpu(self, tree: Any) -> Any:
         """Returns a collection with whole copies of its tensors in the memory of every host; all have to call it."""
-        import torch_xla
-
-        torch_xla.sync()  # all that is left to compute in one program, not in one for each tensor
+        finish_all()  # all that is left to compute in one program, not in one for each tensor
         return on_cpu(tree, num_hosts=self.hosts.size)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
