@@ -16,7 +16,6 @@ import torchmetrics.metric
 from lightning.fabric.plugins.environments import XLAEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.plugins.precision.xla import XLAPrecision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities import find_shared_parameters, set_shared_parameters
 from torch import Tensor
@@ -26,13 +25,13 @@ from siglip2.xla.accelerator import check_installed
 from siglip2.xla.checkpoint import on_cpu
 from siglip2.xla.hosts import Hosts
 from siglip2.xla.launch import ReplicaLauncher
-from siglip2.xla.precision import on_xla
+from siglip2.xla.precision import OnXLA
 
 _threads_meet = dist.HashStore()  # replicas that are threads of this process
 _of_thread = threading.local()
 
 
-class XLAReplicaStrategy(ParallelStrategy):
+class XLAReplicaStrategy(OnXLA, ParallelStrategy):
     """A replica of the model on each XLA device; gradients are averaged, as with DDP.
 
     Args:
@@ -92,15 +91,6 @@ class XLAReplicaStrategy(ParallelStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
-    @property
-    def precision_plugin(self) -> Precision:
-        """The XLA counterpart of what `trainer.precision` chose."""
-        return self._precision_plugin or XLAPrecision("32-true")
-
-    @precision_plugin.setter
-    def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._precision_plugin = on_xla(precision_plugin)
-
     def setup_environment(self) -> None:
         """Finds the other replicas."""
         import torch_xla.runtime as xr
@@ -113,13 +103,6 @@ class XLAReplicaStrategy(ParallelStrategy):
         torchmetrics.metric.jit_distributed_available = _several
         torchmetrics.metric.gather_all_tensors = gather_states  # type: ignore[assignment]
         super().setup_environment()
-
-    def setup(self, trainer: Any) -> None:
-        """Moves the model to the device of this replica and makes the optimizer."""
-        validation = trainer.fit_loop.epoch_loop.val_loop
-        for loop in (validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-            loop.inference_mode = False  # XLA has no inference tensors
-        super().setup(trainer)
 
     def model_to_device(self) -> None:
         """Moves the model; parameters that two modules share stay shared, which `Module.to` forgets on XLA."""

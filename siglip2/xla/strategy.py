@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.plugins import AsyncCheckpointIO
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.plugins.precision.xla import XLAPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import find_shared_parameters, set_shared_parameters
 from torch import Tensor, nn
@@ -16,11 +14,11 @@ from siglip2.core.batch import Batch
 from siglip2.xla.accelerator import check_installed
 from siglip2.xla.checkpoint import on_cpu, read_sharded, write_sharded
 from siglip2.xla.hosts import meet
-from siglip2.xla.precision import on_xla
+from siglip2.xla.precision import OnXLA
 from siglip2.xla.sharding import all_devices, finish_all, replicate, shard, upload
 
 
-class XLASPMDStrategy(SingleDeviceStrategy):
+class XLASPMDStrategy(OnXLA, SingleDeviceStrategy):
     """One process on each host drives all its devices: XLA cuts one program over all of them (GSPMD).
 
     The program is written as if there were one large device with the whole batch. Rows of the batch lie across the
@@ -59,15 +57,6 @@ class XLASPMDStrategy(SingleDeviceStrategy):
     def is_global_zero(self) -> bool:
         return self.global_rank == 0
 
-    @property
-    def precision_plugin(self) -> Precision:
-        """The XLA counterpart of what `trainer.precision` chose."""
-        return self._precision_plugin or XLAPrecision("32-true")
-
-    @precision_plugin.setter
-    def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._precision_plugin = on_xla(precision_plugin)
-
     def setup_environment(self) -> None:
         """Raises ValueError if only some of the devices are asked for: the program runs on all there are."""
         import torch_xla.runtime as xr
@@ -91,9 +80,6 @@ class XLASPMDStrategy(SingleDeviceStrategy):
                 "trainer.plugins has AsyncCheckpointIO, which writes files, but sharded_checkpoints writes folders, "
                 "together with the other hosts: take one of them out of the recipe"
             )
-        validation = trainer.fit_loop.epoch_loop.val_loop
-        for loop in (validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-            loop.inference_mode = False  # XLA has no inference tensors; Lightning uses no_grad on its own TPUs, too
         super().setup(trainer)
 
     def model_to_device(self) -> None:
